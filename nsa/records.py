@@ -1,0 +1,109 @@
+"""Rows of the CSV files that scripts write and dashboards read. A dataclass is a header: its fields, in order.
+
+Needs no torch. A file whose header is not the row's raises RecordError, which names the file and the column.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+
+class RecordError(ValueError):
+    """A CSV file is missing, or does not have the columns it should have."""
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """training.csv: loss is the mean over ranks, toks_per_s the sum over ranks."""
+
+    step: int
+    loss: float
+    lr: float
+    toks_per_s: float
+
+
+@dataclass(frozen=True)
+class ValRow:
+    """val.csv."""
+
+    step: int
+    val_loss: float
+    ppl: float
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """decode.csv: row S decodes the S-th token on a cache of S-1. Times in ms; a branch's column times it alone.
+
+    reads_* count tokens per batch row and KV group, over prefill and one step; *_decode over the one step.
+    """
+
+    S: int
+    ms_total: float
+    ms_cmp: float
+    ms_sel: float
+    ms_win: float
+    reads_actual: int
+    reads_expected: int
+    reads_actual_decode: int
+    reads_expected_decode: int
+    ms_dense: float
+    speedup: float
+    bytes_per_token: int
+
+
+Row = TypeVar("Row", TrainRow, ValRow, DecodeRow)
+
+
+def header(row_type: type) -> list[str]:
+    """Column names of a row type."""
+    return [f.name for f in fields(row_type)]
+
+
+class CsvLog:
+    """Appends rows to a CSV file, a line at a time and flushed, so a run that dies keeps what it measured."""
+
+    def __init__(self, path: str | Path, row_type: type, *, append: bool = False) -> None:
+        self.path, self.row_type = Path(path), row_type
+        keep = append and self.path.is_file() and self.path.stat().st_size > 0
+        if keep:
+            read_rows(self.path, row_type)  # refuses to append under another header
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a" if keep else "w", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        if not keep:
+            self._writer.writerow(header(row_type))
+            self._file.flush()
+
+    def write(self, row: Any) -> None:
+        if not isinstance(row, self.row_type):
+            raise TypeError(f"{self.path} holds {self.row_type.__name__}, not {type(row).__name__}")
+        self._writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in astuple(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
+    """Rows of a CSV whose header starts with the row's columns; more columns on the right are ignored."""
+    path = Path(path)
+    if not path.is_file():
+        raise RecordError(f"{path}: no such file; run the command that writes it first")
+    with path.open(newline="") as file:
+        lines = list(csv.reader(file))
+    want, got = header(row_type), lines[0] if lines else []
+    if got[: len(want)] != want:
+        wrong = next((w for w, g in zip(want, got + [None] * len(want)) if w != g), want[0])
+        raise RecordError(f"{path}: wrong header at column {wrong!r}; expected {','.join(want)}")
+    types = get_type_hints(row_type)
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            rows.append(row_type(**{name: types[name](value) for name, value in zip(want, line, strict=False)}))
+        except (TypeError, ValueError) as error:
+            raise RecordError(f"{path}:{number}: unreadable row {','.join(line)!r}") from error
+    return rows
