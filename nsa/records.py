@@ -35,10 +35,11 @@ class ValRow:
 
 
 @dataclass(frozen=True)
-class DecodeRow:
-    """decode.csv: row S decodes the S-th token on a cache of S-1. Times in ms; a branch's column times it alone.
+class DecodeTiming:
+    """The columns of decode.csv that a summary needs; files that hold only these are readable too.
 
-    reads_* count tokens per batch row and KV group, over prefill and one step; *_decode over the one step.
+    Row S decodes the S-th token on a cache of S-1. Times in ms; a branch's column times it alone. reads_* count
+    tokens per batch row and KV group, over prefill and one step.
     """
 
     S: int
@@ -48,6 +49,12 @@ class DecodeRow:
     ms_win: float
     reads_actual: int
     reads_expected: int
+
+
+@dataclass(frozen=True)
+class DecodeRow(DecodeTiming):
+    """decode.csv. *_decode count the one step; bytes_per_token is the K and V that it reads, per batch row."""
+
     reads_actual_decode: int
     reads_expected_decode: int
     ms_dense: float
@@ -55,7 +62,7 @@ class DecodeRow:
     bytes_per_token: int
 
 
-Row = TypeVar("Row", TrainRow, ValRow, DecodeRow)
+Row = TypeVar("Row", TrainRow, ValRow, DecodeTiming, DecodeRow)
 
 
 def header(row_type: type) -> list[str]:
@@ -93,11 +100,14 @@ def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise RecordError(f"{path}: no such file; run the command that writes it first")
-    with path.open(newline="") as file:
-        lines = list(csv.reader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RecordError(f"{path}: not a text file of comma-separated values ({error})") from error
     want, got = header(row_type), lines[0] if lines else []
     if got[: len(want)] != want:
-        wrong = next((w for w, g in zip(want, got + [None] * len(want)) if w != g), want[0])
+        wrong = next((w for w, g in zip(want, got + [None] * len(want), strict=False) if w != g), want[0])
         raise RecordError(f"{path}: wrong header at column {wrong!r}; expected {','.join(want)}")
     types = get_type_hints(row_type)
     rows = []
@@ -107,3 +117,10 @@ def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
         except (TypeError, ValueError) as error:
             raise RecordError(f"{path}:{number}: unreadable row {','.join(line)!r}") from error
     return rows
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Right-aligned columns, two spaces apart: the same text for the same cells, whatever the terminal."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [columns, *rows]
+    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)

@@ -1,0 +1,15 @@
+"""Print, as JSON, what this machine has and which backend every op would take, with the reasons against the others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+
+from nsa import routing
+
+if __name__ == "__main__":
+    print(json.dumps(routing.snapshot(), indent=2))
