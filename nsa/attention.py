@@ -1,0 +1,137 @@
+"""The NSA layer: project, rotate, three branches, gate, project (arXiv 2502.11089, Figure 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nsa.blocks import n_compressed
+from nsa.cache import LayerCache
+from nsa.config import ModelConfig
+from nsa.ops.combine import combine, gates
+from nsa.ops.compress import compress, make_phi
+from nsa.ops.compressed import compressed_attention
+from nsa.ops.selected import selected_attention
+from nsa.ops.selection import select_blocks
+from nsa.ops.window import sliding_window_attention
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x [B,T,heads,D] by angles whose cos and sin are [T,D/2]; half-split pairs, each head by itself."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of head dim D for the T positions from `start` on, angle position / scale * theta^(-2i/D)."""
+
+    cos: torch.Tensor  # [T, D/2]
+    sin: torch.Tensor
+    start: int
+    theta: float
+    scale: float
+
+    @staticmethod
+    def of(cfg: ModelConfig, start: int, T: int, device: torch.device, dtype: torch.dtype) -> Rope:
+        """Tables for positions start .. start+T-1, fp32 (fp64 where dtype is fp64)."""
+        cos, sin = _angles(start, 1, T, cfg.d_k, cfg.rope_theta, cfg.rope_scale, device, dtype)
+        return Rope(cos, sin, start, cfg.rope_theta, cfg.rope_scale)
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate x [B,T,heads,D] at this rope's own positions."""
+        return rotate(x, self.cos, self.sin)
+
+    def strided(self, x: torch.Tensor, first: int, step: int) -> torch.Tensor:
+        """Rotate x [B,n,heads,D] at positions first, first + step, ..."""
+        n, D = x.shape[1], x.shape[3]
+        return rotate(x, *_angles(first, step, n, D, self.theta, self.scale, x.device, self.cos.dtype))
+
+
+def _angles(
+    first: int, step: int, n: int, dim: int, theta: float, scale: float, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # In fp64: at position 65,536 an fp32 product is already off by thousandths of a radian.
+    positions = (torch.arange(n, device=device, dtype=torch.float64) * step + first) / scale
+    frequencies = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+    angles = positions[:, None] * frequencies
+    table = torch.promote_types(dtype, torch.float32)
+    return angles.cos().to(table), angles.sin().to(table)
+
+
+class NativeSparseAttention(nn.Module):
+    """Compressed, selected and sliding-window attention over one projection of queries, summed by learned gates.
+
+    Weights: q_proj [H*Dk, dim]; k_proj [3*G*Dk, dim] and v_proj [3*G*Dv, dim], rows ordered branch (cmp, sel, win),
+    group, dim (one branch's worth with shared_kv); phi_k, phi_v; gate_proj [3*H, dim] with bias, rows ordered head,
+    branch; o_proj [dim, H*Dv].
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        branches = 1 if cfg.nsa.shared_kv else 3
+        self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * cfg.d_k, bias=False)
+        self.k_proj = nn.Linear(cfg.dim, branches * cfg.n_kv_groups * cfg.d_k, bias=False)
+        self.v_proj = nn.Linear(cfg.dim, branches * cfg.n_kv_groups * cfg.d_v, bias=False)
+        self.phi_k = make_phi(cfg.nsa, cfg.d_k)
+        self.phi_v = make_phi(cfg.nsa, cfg.d_v)
+        self.gate_proj = nn.Linear(cfg.dim, 3 * cfg.n_heads)
+        self.o_proj = nn.Linear(cfg.n_heads * cfg.d_v, cfg.dim, bias=False)
+
+    def forward(self, x: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
+        """x [B,T,dim], the T tokens at rope's positions -> [B,T,dim].
+
+        Without a cache they are the whole sequence; with one they follow its `length` positions and are added to it.
+        """
+        cfg, nsa = self.cfg, self.cfg.nsa
+        B, T, _ = x.shape
+        if cache is not None:
+            cache.check_room(T)
+        q = rope.tokens(self.q_proj(x).view(B, T, cfg.n_heads, cfg.d_k))
+        k_raw, k_sel, k_win = self._branches(self.k_proj(x), cfg.d_k)
+        v_raw, v_sel, v_win = self._branches(self.v_proj(x), cfg.d_v)
+        k_sel, k_win = rope.tokens(k_sel), rope.tokens(k_win)
+
+        if cache is None:
+            S, reads = T, (None, None, None)
+            k_cmp, v_cmp = self._compress(k_raw, v_raw, rope, 0)
+        else:
+            S, reads = cache.length + T, cache.reads.unbind(0)
+            k_cmp, v_cmp = self._compress_onto(cache, k_raw, v_raw, rope)
+            k_sel, v_sel = cache.sel.write(cache.length, k_sel, v_sel)
+            k_win, v_win = cache.win.append(k_win, v_win)
+            cache.length = S
+
+        g_cmp, g_sel, g_win = gates(self.gate_proj(x).view(B, T, cfg.n_heads, 3), nsa).unbind(-1)
+        cmp, lse = compressed_attention(q, k_cmp, v_cmp, nsa, seq_len=S, gate=g_cmp, reads=reads[0])
+        blocks = select_blocks(q, k_cmp, lse, nsa, seq_len=S)
+        sel = selected_attention(q, k_sel, v_sel, blocks, nsa, seq_len=S, gate=g_sel, reads=reads[1])
+        win = sliding_window_attention(q, k_win, v_win, nsa, seq_len=S, gate=g_win, reads=reads[2])
+        return self.o_proj(combine(cmp, sel, win).flatten(2))
+
+    def _branches(self, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+        """[B,T,branches*G*D] -> the K or V of cmp, sel, win, each [B,T,G,D]."""
+        parts = x.unflatten(-1, (-1, self.cfg.n_kv_groups, dim))
+        return parts.expand(-1, -1, 3, -1, -1).unbind(2) if self.cfg.nsa.shared_kv else parts.unbind(2)
+
+    def _compress(
+        self, k_raw: torch.Tensor, v_raw: torch.Tensor, rope: Rope, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compress raw rows that begin with block `first`; the compressed key is rotated at its block's start."""
+        nsa = self.cfg.nsa
+        k_cmp = rope.strided(compress(k_raw, self.phi_k, nsa), first * nsa.d, nsa.d)
+        return k_cmp, compress(v_raw, self.phi_v, nsa)
+
+    def _compress_onto(
+        self, cache: LayerCache, k_raw: torch.Tensor, v_raw: torch.Tensor, rope: Rope
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compress the blocks that these rows complete, and add them to the cache."""
+        T = k_raw.shape[1]
+        first = n_compressed(cache.length, self.cfg.nsa)
+        k_raw, v_raw = cache.tail.append(k_raw, v_raw)
+        skip = first * self.cfg.nsa.d - (cache.length + T - k_raw.shape[1])
+        return cache.cmp.write(first, *self._compress(k_raw[:, skip:], v_raw[:, skip:], rope, first))

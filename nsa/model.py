@@ -1,0 +1,147 @@
+"""A decoder-only transformer over NSA layers: RMSNorm, attention, SwiGLU, tied embeddings; and its generation loop."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import checkpoint
+
+from nsa.attention import NativeSparseAttention, Rope
+from nsa.cache import KVCache, LayerCache
+from nsa.config import ModelConfig
+
+# Tokens whose logits exist at one time in `loss`: 1024 x 50,257 in fp32 is 206 MB, a whole 4k sequence 823 MB.
+_LOSS_CHUNK = 1024
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B,T,dim]
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.attention = NativeSparseAttention(cfg)
+        self.ffn_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.ffn = SwiGLU(cfg.dim, cfg.hidden_dim)
+
+    def forward(self, x: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Tokens to logits. Weights are fp32; bf16 is torch.autocast's business.
+
+    `gradient_checkpointing` recomputes each block's activations in the backward, all but the block choice: the
+    gradient must flow through the blocks that the forward chose.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.gradient_checkpointing = False
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self._init_weights()
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def _init_weights(self) -> None:
+        """Normal(0.02); projections into the residual stream scaled by 1/sqrt(2 * layers), as GPT-2's."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                residual = name.endswith(("o_proj", "down"))
+                nn.init.normal_(module.weight, std=0.02 / (2 * self.cfg.n_layers) ** 0.5 if residual else 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """ids [B,T] int64 -> final normalised states [B,T,dim]; with a cache the ids follow what it holds."""
+        start = 0 if cache is None else cache.length
+        x = self.embed(ids)
+        rope = Rope.of(self.cfg, start, ids.shape[1], ids.device, x.dtype)
+        for i, block in enumerate(self.blocks):
+            if cache is not None:
+                x = block(x, rope, cache.layers[i])
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint.checkpoint(block, x, rope, use_reentrant=False, context_fn=_keep_block_choice)
+            else:
+                x = block(x, rope)
+        return self.norm(x)
+
+    def forward(self, ids: torch.Tensor, cache: KVCache | None = None, last_only: bool = False) -> torch.Tensor:
+        """ids [B,T] int64 -> logits [B,T,V], or [B,1,V] of the last position."""
+        x = self.hidden(ids, cache)
+        return self.head(x[:, -1:] if last_only else x)
+
+    def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy (nats, at least fp32) of targets [B,T] given ids [B,T]; targets of -100 do not count.
+
+        Logits are made, used and made again in the backward a chunk of tokens at a time.
+        """
+        x, y = self.hidden(ids).flatten(0, 1), targets.flatten()
+        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        for start in range(0, len(y), _LOSS_CHUNK):
+            part = slice(start, start + _LOSS_CHUNK)
+            total = total + checkpoint.checkpoint(self._summed_loss, x[part], y[part], use_reentrant=False)
+        return total / (y != -100).sum().clamp(min=1)
+
+    def _summed_loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="sum")
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: torch.Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Continue ids [B,T] by max_new_tokens: greedily at temperature 0, else by sampling -> [B,T+max_new_tokens]."""
+        if ids.shape[1] < 1:
+            raise ValueError("generate needs at least one token to continue from")
+        dtype = (
+            torch.get_autocast_dtype(ids.device.type)
+            if torch.is_autocast_enabled(ids.device.type)
+            else self.embed.weight.dtype
+        )
+        cache = KVCache(self.cfg, len(ids), ids.shape[1] + max_new_tokens, device=ids.device, dtype=dtype)
+        step = ids
+        for _ in range(max_new_tokens):
+            logits = self(step, cache, last_only=True)[:, -1].float()
+            if temperature > 0:
+                step = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                step = logits.argmax(-1, keepdim=True)
+            ids = torch.cat([ids, step], dim=1)
+        return ids
+
+
+def _keep_block_choice():
+    """Selective checkpointing: save `select_blocks`' output (int32, B*T*G*N*4 bytes a layer), recompute the rest."""
+
+    def policy(_ctx, op, *_args, **_kwargs):
+        kept = op is torch.ops.nsa.select_blocks.default
+        return checkpoint.CheckpointPolicy.MUST_SAVE if kept else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+    return checkpoint.create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,127 @@
+"""Softmax attention that also returns its logsumexp, forward and backward: the torch op that this device has.
+
+Layout here is the operators' own, [N, heads, rows, D]. F.scaled_dot_product_attention returns no logsumexp, which
+the merge of partial results needs. A row whose keys are all masked gives out = 0 and a meaningless lse: callers know
+which rows those are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_forward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Boolean visibility [..., rows, keys] as an additive mask: 0 or -inf."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
+    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [N,H,T,Dk], k [N,G,S,Dk], v [N,G,S,Dv], additive mask [T,S] or None -> out [N,H,T,Dv], lse [N,H,T].
+
+    `causal` means row i sees keys up to i, and wants T = S. lse is natural, fp32 (fp64 for fp64).
+    """
+    if q.device.type != "cpu" or not q.numel():
+        return _forward_plain(q, k, v, scale, causal, mask)
+    width = max(q.shape[-1], v.shape[-1])
+    out, lse = _forward_cpu(
+        _widen(q, width), _widen(k, width), _widen(v, width), 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return out[..., : v.shape[-1]], lse
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `forward`'s out. With `out` and `lse` of a larger softmax it gives this part's share of them."""
+    if q.device.type != "cpu" or not q.numel():
+        return _backward_plain(dout, q, k, v, out, lse, scale, causal, mask)
+    width = max(q.shape[-1], v.shape[-1])
+    dq, dk, dv = _backward_cpu(
+        _widen(dout, width),
+        _widen(q, width),
+        _widen(k, width),
+        _widen(v, width),
+        _widen(out, width),
+        lse,
+        0.0,
+        causal,
+        attn_mask=mask,
+        scale=scale,
+    )
+    return dq[..., : q.shape[-1]], dk[..., : q.shape[-1]], dv[..., : v.shape[-1]]
+
+
+def _scores(
+    q: torch.Tensor, k: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [N,G,R*T,S] in at least fp32, and q in the same grouped layout."""
+    N, H, T, D = q.shape
+    G, S = k.shape[1], k.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(dtype).reshape(N, G, H // G * T, D)
+    scores = (grouped @ k.to(dtype).transpose(-1, -2)) * scale
+    if causal:
+        hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.view(N, G, H // G, T, S).masked_fill(hidden, float("-inf")).view_as(scores)
+    elif mask is not None:
+        scores = (scores.view(N, G, H // G, T, S) + mask).view_as(scores)
+    return scores, grouped
+
+
+def _forward_plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    N, H, T, _ = q.shape
+    scores, _ = _scores(q, k, scale, causal, mask)
+    lse = scores.logsumexp(-1)
+    p = torch.exp(scores - lse.nan_to_num(neginf=0.0).unsqueeze(-1))
+    out = p @ v.to(p.dtype)
+    return out.view(N, H, T, v.shape[3]).to(q.dtype), lse.view(N, H, T)
+
+
+def _backward_plain(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scores, grouped = _scores(q, k, scale, causal, mask)
+    dtype, shape = scores.dtype, scores.shape[:3]
+    p = torch.exp(scores - lse.reshape(shape).nan_to_num(neginf=0.0).unsqueeze(-1))
+    do = dout.to(dtype).reshape(*shape, v.shape[3])
+    delta = (dout.to(dtype) * out.to(dtype)).sum(-1).reshape(*shape, 1)
+    ds = p * (do @ v.to(dtype).transpose(-1, -2) - delta) * scale
+    dq = (ds @ k.to(dtype)).view(q.shape)
+    dk = ds.transpose(-1, -2) @ grouped
+    dv = p.transpose(-1, -2) @ do
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -1,0 +1,219 @@
+"""Which implementation of an op runs, and why not another: the one reader of NSA_* variables.
+
+A backend is chosen by preference among those with no reason against them. Reasons are data, in this order: policy
+(flags), environment (CUDA, Triton, flash-attn), inputs. `reference` stands last in every list and is always able.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+PREFERENCES: dict[str, tuple[str, ...]] = {
+    "compressed": ("flash", "sdpa", "reference"),
+    "selection": ("triton", "torch", "reference"),
+    "selected": ("triton", "torch", "reference"),
+    "window": ("flash", "sdpa", "reference"),
+}
+BACKENDS = ("reference", "torch", "sdpa", "flash", "cudnn", "triton")
+
+# (op, backend) -> times its kernel really ran; bumped inside the opaque op, so a fallback cannot pass as a launch.
+launches: Counter[tuple[str, str]] = Counter()
+
+
+class Unsupported(ValueError):
+    """A backend was asked for by name and cannot run; the message gives every reason."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The NSA_* variables: True, False, or None where unset."""
+
+    use_triton_sel: bool | None = None
+    triton_sel_force: bool | None = None
+    sel_triton_allow_grad: bool | None = None
+    use_fa2: bool | None = None
+    test_fa2: bool | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """The backend that runs an op, and the reasons against each one preferred to it."""
+
+    op: str
+    backend: str
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+
+
+def _tri_state(name: str) -> bool | None:
+    value = os.environ.get(name, "").strip().lower()
+    if value in ("", "auto"):
+        return None
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{name}={value!r}: use 1 or 0, or leave it unset")
+
+
+_overrides: dict[str, bool | None] = {}
+
+
+@lru_cache(maxsize=1)
+def flags() -> Flags:
+    """The flags, parsed once a process. Raises ValueError naming a variable that is neither 1 nor 0."""
+    values = {name: _tri_state(f"NSA_{name.upper()}") for name in Flags.__dataclass_fields__}
+    return Flags(**{**values, **_overrides})
+
+
+def override(**values: bool | None) -> None:
+    """Set flags from a command line: `override(use_fa2=False)` wins over NSA_USE_FA2."""
+    unknown = set(values) - set(Flags.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"no such flag: {', '.join(sorted(unknown))}")
+    _overrides.update(values)
+    flags.cache_clear()
+
+
+@lru_cache(maxsize=None)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def is_sm89() -> bool:
+    """Ada (RTX 4090): Triton selection is off by policy there unless forced."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (8, 9)
+
+
+def _policy(op: str, backend: str, training: bool) -> list[str]:
+    f = flags()
+    if backend == "triton" and op in ("selected", "selection"):
+        if f.use_triton_sel is False:
+            return ["NSA_USE_TRITON_SEL=0"]
+        if is_sm89() and not (f.use_triton_sel and f.triton_sel_force):
+            return ["sm_89 needs NSA_USE_TRITON_SEL=1 and NSA_TRITON_SEL_FORCE=1"]
+        if training and op == "selected" and f.sel_triton_allow_grad is False:
+            return ["NSA_SEL_TRITON_ALLOW_GRAD=0 and a gradient is needed"]
+    if backend == "flash" and f.use_fa2 is False:
+        return ["NSA_USE_FA2=0"]
+    return []
+
+
+@lru_cache(maxsize=None)
+def has_kernel(op: str) -> bool:
+    """Whether this build carries a kernel module for an op."""
+    return importlib.util.find_spec(f"nsa.kernels.{op}") is not None
+
+
+def triton_version() -> str:
+    """Installed Triton, or "<none>"."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "<none>"
+
+
+def _environment(op: str, backend: str, device: torch.device) -> list[str]:
+    if backend not in ("triton", "flash", "cudnn"):
+        return []
+    reasons = []
+    if device.type != "cuda":
+        reasons.append("needs CUDA")
+    if backend == "triton" and triton_version() == "<none>":
+        reasons.append("needs Triton")
+    if not has_kernel(op):
+        reasons.append(f"no {backend} kernel for {op} in this build")
+    return reasons
+
+
+def _inputs(op: str, backend: str, tensors: tuple[torch.Tensor, ...]) -> list[str]:
+    if backend not in ("triton", "flash", "cudnn"):
+        return []
+    return list(importlib.import_module(f"nsa.kernels.{op}").unsupported(backend, *tensors))
+
+
+def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training: bool = False) -> Route:
+    """Route an op for these inputs. A named backend runs or raises Unsupported with its reasons; None picks one."""
+    device = tensors[0].device if tensors else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preferences = PREFERENCES[op]
+    if backend is not None and backend not in preferences:
+        raise Unsupported(f"{op} has no backend {backend!r}; it has {', '.join(preferences)}")
+    rejected: dict[str, list[str]] = {}
+    for candidate in preferences if backend is None else (backend,):
+        reasons = _policy(op, candidate, training) + _environment(op, candidate, device)
+        if not reasons and tensors:
+            reasons = _inputs(op, candidate, tensors)
+        if not reasons:
+            _warn_if_asked_in_vain(op, candidate, rejected)
+            return Route(op, candidate, rejected)
+        rejected[candidate] = reasons
+    raise Unsupported(f"{op}: backend {backend!r} cannot run: {'; '.join(rejected[str(backend)])}")
+
+
+def _warn_if_asked_in_vain(op: str, backend: str, rejected: dict[str, list[str]]) -> None:
+    f = flags()
+    for name, asked in (("triton", f.use_triton_sel), ("flash", f.use_fa2)):
+        if asked and name in rejected:
+            _warn_once(f"{op}: {name} was asked for but {'; '.join(rejected[name])}; running {backend}")
+
+
+def snapshot() -> dict[str, Any]:
+    """What would run on this machine, and why: flags, versions, device, and each op's route forward and in training."""
+    from nsa.kernels import flash_wrappers
+
+    cuda = torch.cuda.is_available()
+    f = flags()
+    required = _triton_required()
+    return {
+        "cuda": cuda,
+        "sm89": is_sm89(),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        **{f"NSA_{name.upper()}": value for name, value in asdict(f).items()},
+        "triton_required": required,
+        "triton_aligned": None if required is None or triton_version() == "<none>" else triton_version() == required,
+        "python": platform.python_version(),
+        "cuda_version": torch.version.cuda,
+        "device": _device(cuda),
+        "flash": {
+            "attn": flash_wrappers.flash_attn_version(),
+            "dense": flash_wrappers.is_flash_available(),
+            "varlen": flash_wrappers.is_flash_varlen_available(),
+            "varlen_provider": flash_wrappers.varlen_provider(),
+        },
+        "routes": {
+            op: {mode: _route_row(op, training) for mode, training in (("forward", False), ("training", True))}
+            for op in PREFERENCES
+        },
+    }
+
+
+def _route_row(op: str, training: bool) -> dict[str, Any]:
+    route = choose(op, training=training)
+    return {"backend": route.backend, "rejected": route.rejected}
+
+
+def _device(cuda: bool) -> dict[str, Any]:
+    if not cuda:
+        return {"type": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    major, minor = torch.cuda.get_device_capability()
+    return {"type": "cuda", "name": torch.cuda.get_device_name(), "sm": major * 10 + minor}
+
+
+def _triton_required() -> str | None:
+    """The Triton version that the installed torch declares, or None where it declares none (CPU builds)."""
+    for requirement in importlib.metadata.requires("torch") or []:
+        name, _, rest = requirement.partition("==")
+        if name.strip() == "triton":
+            return rest.partition(";")[0].strip()
+    return None
