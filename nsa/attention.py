@@ -96,11 +96,12 @@ class NativeSparseAttention(nn.Module):
         v_raw, v_sel, v_win = self._branches(self.v_proj(x), cfg.d_v)
         k_sel, k_win = rope.tokens(k_sel), rope.tokens(k_win)
 
+        reads: list[torch.Tensor | None]
         if cache is None:
-            S, reads = T, (None, None, None)
+            S, reads = T, [None] * 3
             k_cmp, v_cmp = self._compress(k_raw, v_raw, rope, 0)
         else:
-            S, reads = cache.length + T, cache.reads.unbind(0)
+            S, reads = cache.length + T, list(cache.reads)
             k_cmp, v_cmp = self._compress_onto(cache, k_raw, v_raw, rope)
             k_sel, v_sel = cache.sel.write(cache.length, k_sel, v_sel)
             k_win, v_win = cache.win.append(k_win, v_win)

@@ -24,7 +24,7 @@ class Reads(NamedTuple):
 
 def n_compressed(S: int, cfg: NSAConfig) -> int:
     """C(S): compressed blocks that are whole within S positions. Block j covers tokens [j*d, j*d + l)."""
-    return 0 if S < cfg.l else (S - cfg.l) // cfg.d + 1
+    return 0 if cfg.l > S else (S - cfg.l) // cfg.d + 1
 
 
 def n_selection(S: int, cfg: NSAConfig) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
 
 
 class RecordError(ValueError):
@@ -85,7 +85,7 @@ class CsvLog:
             self._writer.writerow(header(row_type))
             self._file.flush()
 
-    def write(self, row: Any) -> None:
+    def write(self, row: TrainRow | ValRow | DecodeRow) -> None:
         if not isinstance(row, self.row_type):
             raise TypeError(f"{self.path} holds {self.row_type.__name__}, not {type(row).__name__}")
         self._writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in astuple(row))

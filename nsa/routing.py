@@ -14,7 +14,7 @@ import platform
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def override(**values: bool | None) -> None:
     flags.cache_clear()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
@@ -109,7 +109,7 @@ def _policy(op: str, backend: str, training: bool) -> list[str]:
     return []
 
 
-@lru_cache(maxsize=None)
+@cache
 def has_kernel(op: str) -> bool:
     """Whether this build carries a kernel module for an op."""
     return importlib.util.find_spec(f"nsa.kernels.{op}") is not None

@@ -55,6 +55,6 @@ def compress(x: torch.Tensor, phi: Callable[[torch.Tensor], torch.Tensor], cfg: 
     the result is empty, yet still a function of phi's parameters.
     """
     B, S, G, D = x.shape
-    if S < cfg.l:
+    if cfg.l > S:
         return phi(x.new_empty(B, 0, G, cfg.l, D))
     return phi(x.unfold(1, cfg.l, cfg.d).transpose(-1, -2))  # [B,C,G,l,D]

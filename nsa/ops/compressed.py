@@ -31,7 +31,7 @@ def compressed_attention_reference(
     q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, cfg: NSAConfig, *, seq_len: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification, in plain differentiable torch. Shapes as `compressed_attention`; seq_len an int."""
-    B, T, H, D = q.shape
+    T, H, D = q.shape[1:]
     G, C = k_cmp.shape[2], n_compressed(seq_len, cfg)
     dtype = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(dtype).unflatten(2, (G, H // G))  # [B,T,G,R,D]
@@ -69,7 +69,8 @@ def compressed_attention(
     S, rows = check_seq_len("compressed_attention", q.shape[1], seq_len)
     if rows is None and k_cmp.shape[1] < n_compressed(S, cfg):
         raise ValueError(
-            f"compressed_attention: {k_cmp.shape[1]} compressed keys, but seq_len = {S} has {n_compressed(S, cfg)} blocks"
+            f"compressed_attention: {k_cmp.shape[1]} compressed keys, but seq_len = {S} has "
+            f"{n_compressed(S, cfg)} blocks"
         )
     if backend == "reference" and rows is None:
         out, lse = compressed_attention_reference(q, k_cmp, v_cmp, cfg, seq_len=S)
@@ -178,7 +179,7 @@ class _Layout:
     """
 
     def __init__(self, T: int, S: int, l: int, d: int, device: torch.device) -> None:  # noqa: E741
-        self.C = 0 if S < l else (S - l) // d + 1
+        self.C = 0 if l > S else (S - l) // d + 1
         self.blind = min(max(l - 1 - (S - T), 0), T) if self.C else T
         self.T, self.n = T, T - self.blind
         u_first, u_last = S - self.n - (l - 1), S - l
@@ -213,7 +214,7 @@ class _Layout:
         """[B*d,G,C,D] -> [B,>=C,G,D], the residues summed."""
         x = x.unflatten(0, (-1, self.d))
         total = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32)).to(like.dtype).transpose(1, 2)
-        return F.pad(total, (0, 0, 0, 0, 0, like.shape[1] - self.C))
+        return F.pad(total, (0, 0, 0, 0, 0, like.shape[1] - self.C)).contiguous()
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
         return None if self.causal else dense.additive(self.visible, dtype)

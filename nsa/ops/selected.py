@@ -351,7 +351,7 @@ def _backward(
     l_sel: int,
     S: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    B, T, H, D = q.shape
+    B, _, H, D = q.shape
     G = blocks.shape[2]
     R, scale = H // G, D**-0.5
     accumulator = torch.promote_types(q.dtype, torch.float32)

@@ -20,7 +20,7 @@ def sliding_window_attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: NSAConfig, *, seq_len: int
 ) -> torch.Tensor:
     """The specification, in plain differentiable torch. Shapes as `sliding_window_attention`; seq_len an int."""
-    B, T, H, D = q.shape
+    T, H, D = q.shape[1:]
     G = k.shape[2]
     first, k, v = _held(k, v, seq_len)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -54,7 +54,8 @@ def sliding_window_attention(
     S, rows = check_seq_len("sliding_window_attention", T, k.shape[1] if seq_len is None else seq_len)
     if rows is None and k.shape[1] < min(S, cfg.w + T - 1):
         raise ValueError(
-            f"sliding_window_attention: {k.shape[1]} keys, but {T} queries with w = {cfg.w} need {min(S, cfg.w + T - 1)}"
+            f"sliding_window_attention: {k.shape[1]} keys, but {T} queries with w = {cfg.w} need "
+            f"{min(S, cfg.w + T - 1)}"
         )
     if backend == "reference" and rows is None:
         out = sliding_window_attention_reference(q, k, v, cfg, seq_len=S)
