@@ -77,6 +77,24 @@ def assert_within_budget(run: Attention, q: Tensor, k: Tensor, v: Tensor, mask: 
     assert not complaints, "; ".join(complaints)
 
 
+def assert_same(
+    run: Callable[..., Tensor], expected: Callable[..., Tensor], *leaves: Tensor, tol: float = 1e-12
+) -> None:
+    """Output and the gradient of every leaf agree to `tol`, under one random upstream gradient."""
+
+    def tensors(function: Callable[..., Tensor]) -> list[Tensor]:
+        fresh = [leaf.detach().requires_grad_() for leaf in leaves]
+        out = function(*fresh)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out)
+        return [out.detach(), *torch.autograd.grad(out, fresh, grad, materialize_grads=True)]
+
+    for index, (got, want) in enumerate(zip(tensors(run), tensors(expected), strict=True)):
+        name = "output" if index == 0 else f"gradient of input {index - 1}"
+        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        assert got.dtype == want.dtype, f"{name}: {got.dtype}, expected {want.dtype}"
+        assert torch.allclose(got, want, rtol=tol, atol=tol), f"{name}: off by {(got - want).abs().max():.3e}"
+
+
 def check_blocks(blocks: Tensor, S: int, T: int, cfg: NSAConfig) -> list[str]:
     """Every property of a block list [B,T,G,N] that does not hold, with the first place where it fails."""
     if blocks.dim() != 4 or blocks.shape[1] != T or blocks.shape[3] != cfg.n_sel:

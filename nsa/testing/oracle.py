@@ -8,9 +8,10 @@ positions; `seq_len` is S, or one S for each batch row. `Seen[b][t][g]` lists th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsa.config import NSAConfig
 
@@ -150,22 +151,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tuple[Tensor, Tensor]
     A query that sees nothing gives 0 and -inf.
     """
     B, T, H, Dk = q.shape
-    group = H // k.shape[2]
+    G, Dv = k.shape[2], v.shape[3]
     outs, lses = [], []
     for b in range(B):
         for i in range(T):
-            for h in range(H):
-                g = h // group
-                keys = torch.tensor(seen[b][i][g], dtype=torch.int64, device=q.device)
-                if len(keys) == 0:
-                    outs.append(v.new_zeros(v.shape[-1]))
-                    lses.append(q.new_full((), -torch.inf))
+            for g in range(G):
+                heads = q[b, i, g * (H // G) : (g + 1) * (H // G)]  # [R,Dk]
+                if not seen[b][i][g]:
+                    outs.append(heads.sum(1, keepdim=True) * 0 + v.new_zeros(H // G, Dv))  # a function of q, yet 0
+                    lses.append(q.new_full((H // G,), -torch.inf))
                     continue
-                scores = k[b, :, g].index_select(0, keys) @ q[b, i, h] * Dk**-0.5
-                lse = scores.logsumexp(0)
-                outs.append((scores - lse).exp() @ v[b, :, g].index_select(0, keys))
+                keys = torch.tensor(seen[b][i][g], dtype=torch.int64, device=q.device)
+                scores = heads @ k[b, :, g].index_select(0, keys).T * Dk**-0.5  # [R,keys]
+                lse = scores.logsumexp(1)
+                outs.append((scores - lse[:, None]).exp() @ v[b, :, g].index_select(0, keys))
                 lses.append(lse)
-    return torch.stack(outs).view(B, T, H, v.shape[-1]), torch.stack(lses).view(B, T, H)
+    return torch.stack(outs).view(B, T, H, Dv), torch.stack(lses).view(B, T, H)
 
 
 def compressed_attention(
@@ -202,7 +203,7 @@ def selection_scores(q: Tensor, k_cmp: Tensor, cfg: NSAConfig, *, seq_len: SeqLe
     seen = seen_compressed(T, B, G, cfg, seq_len)
     scores = torch.full((B, T, G, len(selection_spans(max(lengths), cfg))), -torch.inf, dtype=torch.float64)
     for b, S in enumerate(lengths):
-        shared = torch.tensor(overlap(S, cfg), dtype=torch.float64).reshape(-1, len(compressed_spans(S, cfg)))
+        shared = torch.tensor(overlap(S, cfg), dtype=torch.float64)  # [M,C]
         for i in range(T):
             t = S - T + i
             candidates = [m for m, span in enumerate(selection_spans(S, cfg)) if min(span) <= t]
@@ -254,3 +255,52 @@ def gates(logits: Tensor, kind: str) -> Tensor:
         return 1 / (1 + (-logits).exp())
     exp = logits.exp()
     return exp / exp.sum(-1, keepdim=True)
+
+
+def phi_of(module: nn.Module, kind: str) -> Phi:
+    """The phi that a module of this kind holds, from its parameters alone."""
+    if kind == "avg":
+        return phi_avg()
+    weights = dict(module.named_parameters())
+    if kind == "linear":
+        return phi_linear(weights["weight"])
+    names = ("position", "inner.weight", "inner.bias", "outer.weight", "outer.bias")
+    return phi_mlp(*(weights[name] for name in names))
+
+
+def layer(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A whole `NativeSparseAttention` on x [B,T,dim] from position 0 -> out [B,T,dim], blocks [B,T,G,N].
+
+    Reads the module's configuration and its parameters by their documented names; runs none of its code.
+    """
+    cfg: Any = module.cfg
+    nsa, G = cfg.nsa, cfg.n_kv_groups
+    weights = dict(module.named_parameters())
+    B, T, _ = x.shape
+
+    def heads(name: str, count: int, dim: int, first: int = 0) -> Tensor:
+        rows = weights[f"{name}.weight"][first * dim : (first + count) * dim]
+        return torch.stack([x @ rows[h * dim : (h + 1) * dim].T for h in range(count)], dim=2)
+
+    def turned(y: Tensor, positions: Sequence[int]) -> Tensor:
+        return rotate(y, positions, cfg.rope_theta, cfg.rope_scale)
+
+    def branch(index: int) -> tuple[Tensor, Tensor]:
+        first = 0 if nsa.shared_kv else index * G
+        return heads("k_proj", G, cfg.d_k, first), heads("v_proj", G, cfg.d_v, first)
+
+    q = turned(heads("q_proj", cfg.n_heads, cfg.d_k), range(T))
+    (k_raw, v_raw), (k_sel, v_sel), (k_win, v_win) = (branch(index) for index in range(3))
+    starts = [span.start for span in compressed_spans(T, nsa)]
+    k_cmp = turned(compress(k_raw, phi_of(module.get_submodule("phi_k"), nsa.phi), nsa), starts)
+    v_cmp = compress(v_raw, phi_of(module.get_submodule("phi_v"), nsa.phi), nsa)
+
+    cmp, _ = compressed_attention(q, k_cmp, v_cmp, nsa, seq_len=T)
+    blocks = select_blocks(q.detach(), k_cmp.detach(), nsa, seq_len=T)
+    sel = selected_attention(q, turned(k_sel, range(T)), v_sel, blocks, nsa)
+    win = sliding_window_attention(q, turned(k_win, range(T)), v_win, nsa)
+
+    logits = x @ weights["gate_proj.weight"].T + weights["gate_proj.bias"]
+    gate = gates(logits.view(B, T, cfg.n_heads, 3), nsa.gate)
+    out = gate[..., 0, None] * cmp + gate[..., 1, None] * sel + gate[..., 2, None] * win
+    return out.flatten(2) @ weights["o_proj.weight"].T, blocks

@@ -13,15 +13,23 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.testing import oracle
 
-# Small enough for loops, and with every ratio unequal: l/d = 2, l'/d = 4, n * l' < 200.
-SMALL = NSAConfig(l=8, d=4, l_sel=16, n_sel=4, w=20)
-# The paper's pattern on short lengths: its own block lengths, few slots, a short window.
-PAPER = NSAConfig(l=32, d=16, l_sel=64, n_sel=3, w=48)
-LENGTHS = (1, 31, 32, 33, 63, 64, 65, 111)  # 1, l-1, l, l+1 of PAPER, and around one selection block
-LONG_LENGTHS = (1000, 4097)
+# Patterns for a few dozen tokens, where a choice is a choice: every ratio of lengths, every number of forced blocks.
+PATTERNS = {
+    "small": NSAConfig(l=8, d=4, l_sel=16, n_sel=4, w=20),
+    "paper": NSAConfig(l=32, d=16, l_sel=64, n_sel=2, w=48, init_blocks=0, local_blocks=1),
+    "equal": NSAConfig(l=8, d=8, l_sel=8, n_sel=6, w=1, init_blocks=2, local_blocks=3),
+    "wide": NSAConfig(l=24, d=4, l_sel=8, n_sel=5, w=7, init_blocks=0),
+    "dense": NSAConfig(l=2, d=1, l_sel=3, n_sel=7, w=11, local_blocks=1),
+}
 HEADS_PER_GROUP = (1, 2, 3, 4, 6, 8, 16)
 HEAD_DIMS = ((32, 32), (64, 64), (128, 128), (192, 128))  # (Dk, Dv)
 TILES = (1, 5, 16, 77)
+LONG_LENGTHS = (1000, 4097)
+
+
+def lengths(cfg: NSAConfig) -> tuple[int, ...]:
+    """Context lengths where something begins: the first token, the first compressed block, a selection block."""
+    return (1, max(1, cfg.l - 1), cfg.l, cfg.l + 1, 63, 64, 65, 111)
 
 
 class Inputs(NamedTuple):
