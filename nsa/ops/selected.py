@@ -389,7 +389,7 @@ def _backward(
         slots = past.slots(slot_dq, R, 0.0)
         for n in range(past.N):
             total += slots[:, n]
-        dq[:, rows] = total.view(B, -1, H, D).to(q.dtype)
+        dq[:, rows] = total.reshape(B, -1, H, D).to(q.dtype)
         for whole, tiles, own_part in ((dk, slot_dk, own_dk), (dv, slot_dv, own_dv)):
             whole.view(-1, l_sel, whole.shape[-1]).index_add_(0, past.block, tiles.squeeze(1).to(accumulator))
             blocks_of_chunk = whole[:, :, own.first : own.first + own.count]

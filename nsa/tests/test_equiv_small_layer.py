@@ -21,7 +21,7 @@ def _layer(pattern="small", *, phi="avg", gate="sigmoid", shared_kv=False, G=2, 
     torch.manual_seed(5)
     layer = NativeSparseAttention(cfg).double()
     for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return layer
 
 
