@@ -19,11 +19,10 @@ COLUMNS = ["S", "ms_total", "cmp", "sel", "win", "reads", "exp"]
 
 def summary(rows: list[DecodeTiming]) -> str:
     """The table of one file and the mean of its ms_total."""
-    cells = [
-        [str(row.S), *(f"{ms:.3f}" for ms in (row.ms_total, row.ms_cmp, row.ms_sel, row.ms_win))]
-        + [str(row.reads_actual), str(row.reads_expected)]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        times = (f"{ms:.3f}" for ms in (row.ms_total, row.ms_cmp, row.ms_sel, row.ms_win))
+        cells.append([str(row.S), *times, str(row.reads_actual), str(row.reads_expected)])
     mean = sum(row.ms_total for row in rows) / len(rows)
     return f"{table(COLUMNS, cells)}\navg ms_total: {mean:.3f}"
 

@@ -1,0 +1,110 @@
+"""What scripts and benches measure with: time, peak memory, how far a long run is, and what an allocation was refused.
+
+Everything said here goes to stderr; stdout is a script's deliverable.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_ms(step: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of one call: between two CUDA events on a GPU, of the wall clock elsewhere."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    began = time.perf_counter()
+    step()
+    return (time.perf_counter() - began) * 1e3
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: allocated by torch on a GPU, resident in the process (libraries included) elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a reader of a report knows it: its kind, with the card's name or the thread count."""
+    if device.type == "cuda":
+        return f"{device.type} ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def refused_allocation(error: BaseException) -> str | None:
+    """How much memory an error says was asked for and refused, in words; None if the error is about something else."""
+    if isinstance(error, MemoryError):
+        return "an amount that Python does not name"
+    text = str(error)
+    if found := re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE):
+        amount, unit = found.group(1).split()
+        return in_gib(int(float(amount))) if unit == "bytes" else found.group(1)
+    if "Storage size calculation overflowed" in text:
+        return "more bytes than 64 bits can count"
+    return None
+
+
+def in_gib(n_bytes: int) -> str:
+    """Bytes as GiB with two decimals."""
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+class Progress:
+    """How far a long run is: a bar where stderr is a terminal, elsewhere a line about every `every` seconds.
+
+    total counts in `unit`; advance() says how many more are done.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, *, every: float = 10.0, stream: TextIO | None = None) -> None:
+        self.label, self.total, self.unit, self.every = label, total, unit, every
+        self.stream = sys.stderr if stream is None else stream
+        self.done, self.began = 0, time.monotonic()
+        self._said = self.began
+        self._bar: Any = None
+        if self.stream.isatty() and importlib.util.find_spec("tqdm"):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=label, unit=f" {unit}", file=self.stream, dynamic_ncols=True)
+
+    def advance(self, n: int) -> None:
+        """n more are done."""
+        self.done += n
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(n)
+        elif now - self._said >= self.every or self.done >= self.total:
+            self._said = now
+            print(
+                f"{self.label}: {self.done}/{self.total} {self.unit}, {now - self.began:.0f} s",
+                file=self.stream,
+                flush=True,
+            )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
