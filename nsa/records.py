@@ -73,7 +73,7 @@ def header(row_type: type) -> list[str]:
 class CsvLog:
     """Appends rows to a CSV file, a line at a time and flushed, so a run that dies keeps what it measured."""
 
-    def __init__(self, path: str | Path, row_type: type, *, append: bool = False) -> None:
+    def __init__(self, path: str | Path, row_type: type[Any], *, append: bool = False) -> None:
         self.path, self.row_type = Path(path), row_type
         keep = append and self.path.is_file() and self.path.stat().st_size > 0
         if keep:

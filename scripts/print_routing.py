@@ -11,5 +11,16 @@ import json
 
 from nsa import routing
 
-if __name__ == "__main__":
+
+def main() -> int:
+    try:
+        routing.flags()
+    except ValueError as error:
+        print(f"print_routing: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(routing.snapshot(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

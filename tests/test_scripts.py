@@ -1,0 +1,208 @@
+"""The runbook's scripts as a user runs them: their exact output, measured reads, and one line for a user's mistake."""
+
+import csv
+import json
+import os
+import re
+import resource
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nsa.blocks import n_compressed, reads, reads_range
+from nsa.config import NSAConfig
+from nsa.records import DecodeRow, header
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL_LAYER = shlex.split("--dim 32 --heads 4 --groups 2 --dk 8 --dv 8 --l 8 --d 4 --l_sel 16 --n_sel 4 --w 24")
+SMALL_NSA = NSAConfig(l=8, d=4, l_sel=16, n_sel=4, w=24)
+LENGTHS = [7, 8, 65, 130]
+
+
+def run(script, *args, pythonpath=True, cwd=ROOT, limit_bytes=None, **env):
+    def limit():
+        if limit_bytes:
+            resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("NSA_") and k != "PYTHONPATH"}
+    here = {"PYTHONPATH": "."} if pythonpath else {}
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **here, **env},
+        preexec_fn=limit,
+        check=False,
+    )
+
+
+def succeeded(result):
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def refuses(monkeypatch, capsys):
+    """Check that a script ends with code 2, one line that names the thing, and an empty stdout."""
+
+    def check(script, args, named):
+        monkeypatch.setattr(sys, "argv", [script, *SMALL_LAYER, *args])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        out, err = capsys.readouterr()
+        assert (exit.value.code, out) == (2, "")
+        assert len(err.splitlines()) == 1, err
+        assert named in err
+
+    return check
+
+
+# print_routing
+
+
+def test_print_routing_names_what_the_runbook_reads():
+    snapshot = json.loads(succeeded(run("scripts/print_routing.py")))
+    named = {"cuda", "sm89", "torch", "triton", "NSA_USE_TRITON_SEL", "NSA_TRITON_SEL_FORCE", "NSA_USE_FA2"}
+    assert named | {"triton_required", "triton_aligned"} <= snapshot.keys()
+    assert snapshot["cuda"] is False
+
+
+def test_print_routing_names_a_flag_that_is_neither_1_nor_0():
+    result = run("scripts/print_routing.py", NSA_USE_FA2="maybe")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "print_routing: NSA_USE_FA2='maybe': use 1 or 0, or leave it unset\n"
+
+
+def test_print_routing_is_indented_json_and_nothing_else_from_any_folder(tmp_path):
+    printed = succeeded(run("scripts/print_routing.py", pythonpath=False, cwd=tmp_path, NSA_USE_FA2="0"))
+    assert printed == json.dumps(json.loads(printed), indent=2) + "\n"
+
+
+# demo_64k
+
+
+def demo(*args, **kwargs):
+    return run("scripts/demo_64k.py", *SMALL_LAYER, *args, **kwargs)
+
+
+DEMO = re.compile(
+    r"-- demo_64k summary --\n"
+    r"device: cpu.*\n"
+    r"B=(?P<B>\d+) S=(?P<S>\d+) dim=32 heads=4 G=2 dk=8 dv=8\n"
+    r"rope_scale=8\.0 prefill_tile=(?P<tile>\d+) w=24 n_sel=4\n"
+    r"prefill_time_ms=\d+\.\d\d reads_total=(?P<total>\d+)\n"
+    r"reads_cmp=(?P<cmp>\d+) reads_sel=(?P<sel>\d+) reads_win=(?P<win>\d+) reads_expected=(?P<expected>\d+)\n"
+    r"peak_memory_bytes=\d+ \(\d+\.\d\d GiB\)\n"
+)
+
+
+@pytest.mark.parametrize(("S", "tile", "B", "pythonpath"), [(1, 1, 1, True), (131, 77, 2, False), (300, 64, 1, True)])
+def test_demo_prints_its_summary_and_reads_what_the_formula_says(S, tile, B, pythonpath):
+    printed = succeeded(demo("--S", S, "--prefill_tile", tile, "--B", B, "--use_fa2", "0", pythonpath=pythonpath))
+    summary = DEMO.fullmatch(printed)
+    assert summary, printed
+    found = {name: int(value) for name, value in summary.groupdict().items()}
+    expected = reads_range(0, S, SMALL_NSA)
+    assert (found["B"], found["S"], found["tile"]) == (B, S, tile)
+    assert (found["cmp"], found["sel"], found["win"]) == tuple(expected)
+    assert found["total"] == found["expected"] == expected.total
+
+
+def test_demo_says_in_a_log_how_far_it_is():
+    assert re.search(r"^prefill: 100/100 tokens", demo("--S", 100, "--prefill_tile", 50).stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--S", "0"], "--S"),
+        (["--S", "many"], "--S"),
+        (["--prefill_tile", "0"], "--prefill_tile"),
+        (["--groups", "3"], "--groups"),
+        (["--dk", "7"], "--dk"),
+        (["--l", "6"], "--l"),
+        (["--n_sel", "2"], "--n_sel"),
+        (["--rope_scale", "0"], "--rope_scale"),
+        (["--use_fa2", "2"], "--use_fa2"),
+        (["--speed", "9"], "--speed"),
+    ],
+)
+def test_demo_refuses_a_bad_flag_in_one_line(args, named, refuses):
+    refuses("scripts/demo_64k.py", args, named)
+
+
+def test_demo_says_how_much_memory_was_refused_and_what_to_lower():
+    result = demo("--S", 10**9, limit_bytes=8 * 2**30)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.search(r"\d+\.\d\d GiB", result.stderr)
+    assert "lower --S" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# bench_decode
+
+
+@pytest.fixture(scope="module")
+def decode_bench(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "new" / "decode.csv"
+    lengths = ",".join(map(str, LENGTHS))
+    args = [*SMALL_LAYER, "--S_list", lengths, "--iters", 3, "--warmup", 1, "--csv", path]
+    result = run("bench/bench_decode.py", *args)
+    with path.open(newline="") as file:
+        return succeeded(result), list(csv.DictReader(file)), path.read_text().splitlines()[0]
+
+
+def test_decode_csv_has_the_header_of_the_records(decode_bench):
+    _, rows, first_line = decode_bench
+    assert first_line == ",".join(header(DecodeRow))
+    assert [int(row["S"]) for row in rows] == LENGTHS
+
+
+def test_decode_reads_are_the_formula_over_prefill_and_over_the_step(decode_bench):
+    for row in decode_bench[1]:
+        S = int(row["S"])
+        assert int(row["reads_actual"]) == int(row["reads_expected"]) == reads_range(0, S, SMALL_NSA).total
+        assert int(row["reads_actual_decode"]) == int(row["reads_expected_decode"]) == reads(S, SMALL_NSA).total
+
+
+def test_decode_bytes_per_token_are_the_keys_and_values_of_the_step(decode_bench):
+    for row in decode_bench[1]:
+        assert int(row["bytes_per_token"]) == int(row["reads_actual_decode"]) * 2 * (8 + 8) * 4
+
+
+def test_decode_times_are_positive_and_speedup_is_their_ratio(decode_bench):
+    for row in decode_bench[1]:
+        branches = ["ms_sel", "ms_win"] + (["ms_cmp"] if n_compressed(int(row["S"]), SMALL_NSA) else [])
+        assert all(float(row[name]) > 0 for name in ["ms_total", "ms_dense", *branches])
+        assert float(row["speedup"]) == pytest.approx(float(row["ms_dense"]) / float(row["ms_total"]), rel=1e-4)
+
+
+def test_decode_ends_with_a_line_of_json_that_repeats_the_csv(decode_bench):
+    printed, rows, _ = decode_bench
+    last = json.loads(printed.splitlines()[-1])
+    assert last["bench"] == "decode"
+    assert [row["S"] for row in last["rows"]] == LENGTHS
+    assert [row["reads_actual"] for row in last["rows"]] == [int(row["reads_actual"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--S_list", "128,x"], "--S_list"),
+        (["--S_list", "0"], "--S_list"),
+        (["--S_list", ""], "--S_list"),
+        (["--iters", "0"], "--iters"),
+        (["--warmup", "-1"], "--warmup"),
+        (["--heads", "5"], "--heads"),
+        (["--csv", "."], "--csv"),
+    ],
+)
+def test_decode_refuses_a_bad_flag_in_one_line(args, named, refuses):
+    refuses("bench/bench_decode.py", args, named)
