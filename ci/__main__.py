@@ -1,0 +1,99 @@
+"""Command line of the harness: `python -m ci --help`. The nox sessions are thin calls of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from ci import document, execute, outcome, runbook
+from ci.session import Session, clear_exit, offline
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parser() -> argparse.ArgumentParser:
+    """NSA_CI_* variables give the defaults; an option wins over its variable."""
+    options = argparse.ArgumentParser(prog="python -m ci", description="The readiness harness.")
+    options.add_argument("--profile", default=os.environ.get("NSA_CI_PROFILE", ""), help="default: the one that fits")
+    options.add_argument("--steps", default=os.environ.get("NSA_CI_STEPS", runbook.SOURCE), help="a runbook.toml")
+    options.add_argument("--root", default=os.environ.get("NSA_CI_ROOT", ROOT), help="where the commands run")
+    commands = options.add_subparsers(dest="command", required=True)
+    stage = commands.add_parser("stage", help="run one stage of the runbook")
+    stage.add_argument("name")
+    stage.add_argument("posargs", nargs="*", help="after --: further pytest arguments")
+    readiness = commands.add_parser("readiness", help="everything this machine can, then the report")
+    readiness.add_argument("posargs", nargs="*", help="after --: further pytest arguments")
+    commands.add_parser("report", help="judge what has run, and write summary and bundle")
+    commands.add_parser("preflight", help="is this machine fit for the profile?")
+    book = commands.add_parser("runbook", help="print docs/runbook.md")
+    book.add_argument("--write", action="store_true", help="write it, and the README's stage table")
+    bundle = commands.add_parser("bundle", help="check a bundle")
+    bundle.add_argument("action", choices=["verify"])
+    bundle.add_argument("file", type=Path)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code; a user's mistake is one line on stderr and 2."""
+    args = parser().parse_args(arguments)
+    root = Path(args.root).resolve()
+    try:
+        book = runbook.load(Path(args.steps))
+        if args.command == "runbook":
+            return document.main(book, ROOT, write=args.write)
+        if args.command == "bundle":
+            return _verify(args.file)
+        return _session(args, book, root)
+    except (runbook.RunbookError, outcome.OutcomeError) as error:
+        print(f"ci: {error}", file=sys.stderr)
+        return outcome.USAGE
+
+
+def _session(args: argparse.Namespace, book: runbook.Runbook, root: Path) -> int:
+    clear_exit(root)
+    session = Session(
+        book,
+        root,
+        wanted=args.profile,
+        posargs=getattr(args, "posargs", []),
+        offline=offline(),
+        run_id=os.environ.get("NSA_CI_RUN_ID", ""),
+        say=lambda line: print(line, flush=True),
+    )
+    name = args.name if args.command == "stage" else args.command
+    try:
+        with execute.stoppable():
+            code = _run(args, session, book)
+    except execute.Stopped as stop:
+        print(f"ci: {stop}: the running step was ended", file=sys.stderr, flush=True)
+        return session.finish(name, stop.code)
+    return code
+
+
+def _run(args: argparse.Namespace, session: Session, book: runbook.Runbook) -> int:
+    if args.command == "report":
+        return session.report().exit_code
+    stages = [args.name] if args.command == "stage" else [stage.id for stage in book.stages]
+    for stage in stages:
+        book.of_stage(stage)
+    if args.command == "readiness":
+        session.start_afresh()
+    if (code := session.preflight()) or args.command == "preflight":
+        return session.finish(getattr(args, "name", args.command), code)
+    steps = [judged for stage in stages for judged in session.run_stage(stage)]
+    if args.command == "readiness":
+        return session.report().exit_code
+    return session.close_stage(args.name, steps)
+
+
+def _verify(path: Path) -> int:
+    report = importlib.import_module("ci.bundle").verify(path)
+    print(report)
+    return outcome.READY if report.ok else outcome.TEST_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

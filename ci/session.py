@@ -1,0 +1,194 @@
+"""One session from start to exit.json: preflight, steps, verdict, report."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ci import contract, execute, facts, junit, outcome, preflight
+from ci.outcome import RunResult, StepOutcome
+from ci.runbook import Runbook, Step
+
+MEANING = {
+    0: "ready",
+    1: "a test or an assertion failed",
+    2: "usage",
+    3: "contract: vacuous, or a deliverable is missing",
+    4: "performance",
+    75: "infrastructure: worth one retry",
+    78: "configuration",
+    124: "timeout",
+    130: "interrupted",
+    143: "terminated",
+}
+
+
+@dataclass
+class Session:
+    """`wanted` is the profile asked for, or empty for the one that fits. `say` prints progress."""
+
+    book: Runbook
+    root: Path
+    wanted: str = ""
+    posargs: list[str] = field(default_factory=list)
+    offline: bool = False
+    run_id: str = ""
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.run_id = self.run_id or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        self.facts: dict[str, Any] = {}
+        self.profile = ""
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    def preflight(self) -> int:
+        """Writes env.json and preflight.json, prints what is wrong; the exit code a failed check stands for, or 0."""
+        self.facts = facts.gather(self.root, offline=self.offline)
+        profile = preflight.choose(self.book, self.wanted, self.facts)
+        self.profile = profile.id
+        if profile.gpus and self.facts["torch"].get("cuda"):
+            self.facts["selftest"] = facts.probe("selftest.py")
+        self.facts |= {"profile": profile.id, "runbook_sha256": self.book.sha256}
+        findings = preflight.check(profile, self.facts, self.artifacts)
+        code = preflight.code(findings)
+        if not any(each.name == "artifacts" and each.status == "fail" for each in findings):
+            _write(self.artifacts / "env.json", self.facts)
+            _write(self.artifacts / "preflight.json", preflight.as_json(profile, findings))
+        self.say(f"preflight: profile {profile.id} ({profile.title}), {self._machine()}")
+        for each in findings:
+            if each.status != "ok":
+                self.say(f"  {each.status}: {each.name}: {each.detail}")
+        if dropped := execute.foreign_flags():
+            self.say(f"  note: not handed to the steps: {', '.join(dropped)}")
+        return code
+
+    def _machine(self) -> str:
+        names = [gpu["name"] for gpu in self.facts["torch"].get("devices", [])]
+        versions = self.facts["versions"]
+        return (
+            f"{' + '.join(names) or 'no GPU'}, {self.facts['cores']} cores, Python {self.facts['python']}, "
+            f"torch {versions.get('torch', 'absent')}, triton {versions.get('triton', 'absent')}"
+        )
+
+    def run_stage(self, stage: str) -> list[StepOutcome]:
+        """Runs a stage's steps in their order and judges each as it ends."""
+        title = next(s for s in self.book.stages if s.id == stage)
+        self.say(f"stage {title.number} {stage}: {title.title}")
+        return [self._run_step(step) for step in self.book.of_stage(stage)]
+
+    def _run_step(self, step: Step) -> StepOutcome:
+        context = execute.Context(
+            self.root, self.profile, self.facts["git_sha"], self.run_id, self.posargs, self.say, self.offline
+        )
+        if step.expected(self.profile) == "forbid":
+            reasons = [reason for need in step.needs if (reason := preflight.unmet(need, self.facts))]
+            note = reasons[0] if reasons else f"not part of profile {self.profile}"
+            record = execute.skip(step, context, note)
+        elif reasons := [reason for need in step.needs if (reason := preflight.unmet(need, self.facts))]:
+            record = execute.skip(step, context, reasons[0])
+        else:
+            record = execute.run(step, context)
+        judged = contract.judge_step(step, self.profile, record, self.artifacts)
+        self.say(_line(judged))
+        if judged.verdict not in ("PASSED", "SKIPPED"):
+            for line in record.tail:
+                self.say(f"      {line}")
+            self.say(f"    reproduce: {judged.reproduce}")
+        return judged
+
+    def report(self) -> RunResult:
+        """Judges everything recorded, writes result.json, junit.xml, summary.md, summary.html and the bundle."""
+        result = contract.judge(self.book, self.profile or self._recorded_profile(), self.artifacts)
+        outcome.save(result, self.artifacts / "result.json")
+        junit.merge(result.steps, self.artifacts / "junit", self.artifacts / "junit.xml", _properties(result))
+        self.finish("report", result.exit_code, result.verdict)
+        if missing := [name for name in ("summary", "html", "bundle") if not importlib.util.find_spec(f"ci.{name}")]:
+            self.say(f"{result.verdict}\nreport: ci/{', ci/'.join(missing)} is not here yet")
+            return result
+        (self.artifacts / "summary.md").write_text(_report_part("summary", "render_markdown")(result, self.artifacts))
+        (self.artifacts / "summary.html").write_text(_report_part("html", "render_html")(result, self.artifacts))
+        bundle = _report_part("bundle", "build")(self.artifacts, result, self.root / "dist")
+        self.say((self.artifacts / "summary.md").read_text().rstrip())
+        self.say(f"\nreport: artifacts/summary.html\nbundle: {bundle.relative_to(self.root)}")
+        return result
+
+    def _recorded_profile(self) -> str:
+        path = self.artifacts / "env.json"
+        try:
+            return str(json.loads(path.read_text())["profile"])
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            raise outcome.OutcomeError("nothing has run here yet; run: ci/nox -s readiness") from error
+
+    def close_stage(self, stage: str, steps: list[StepOutcome]) -> int:
+        """exit.json and the closing line of a stage; the whole run's verdict is the report's to give."""
+        code = contract.exit_code(steps)
+        if skipped := [step.id for step in steps if step.verdict == "SKIPPED"]:
+            why = "no GPU" if self.profile == "cpu" else "not possible here"
+            self.say(f"SKIPPED: {why}, proves nothing: {', '.join(skipped)}")
+        self.say(f"{stage}: exit code {code} ({MEANING[code]})")
+        return self.finish(stage, code, "ok" if code == 0 else "failed")
+
+    def start_afresh(self) -> None:
+        """Removes what an earlier run recorded, so that a readiness run is judged by itself alone."""
+        for name in ("results", "junit", "logs"):
+            shutil.rmtree(self.artifacts / name, ignore_errors=True)
+
+    def finish(self, session: str, code: int, verdict: str = "") -> int:
+        """Writes exit.json, which `ci/nox`, workflows and containers read since nox itself returns 0 or 1."""
+        facts_ = {"code": code, "meaning": MEANING[code], "session": session, "profile": self.profile}
+        facts_ |= {"verdict": verdict, "run_id": self.run_id, "git_sha": self.facts.get("git_sha", "unknown")}
+        try:
+            _write(self.artifacts / "exit.json", facts_)
+        except OSError:
+            self.say("exit.json cannot be written: artifacts/ is not writable")
+        return code
+
+
+def clear_exit(root: Path) -> None:
+    """An exit.json always belongs to the session that was started last."""
+    (root / "artifacts" / "exit.json").unlink(missing_ok=True)
+
+
+def offline() -> bool:
+    """NSA_CI_OFFLINE=1: no step may fetch anything."""
+    return os.environ.get("NSA_CI_OFFLINE", "") not in ("", "0")
+
+
+def _line(judged: StepOutcome) -> str:
+    counts = f"{judged.passed} passed, {judged.failed} failed, {judged.skipped} skipped"
+    memory = f", {judged.peak_mb:.0f} MB" if judged.peak_mb else ""
+    reason = f": {judged.reason}" if judged.reason else ""
+    return f"  {judged.verdict:8} {judged.id} ({counts}, {judged.wall_s:.1f} s{memory}){reason}"
+
+
+def _properties(result: RunResult) -> dict[str, str]:
+    versions = result.env.get("versions", {})
+    gpus = ", ".join(gpu["name"] for gpu in result.env.get("gpus", [])) or "none"
+    return {
+        "profile": result.profile,
+        "gpu": gpus,
+        "torch": versions.get("torch", "absent"),
+        "triton": versions.get("triton", "absent"),
+        "python": result.env.get("python", "unknown"),
+        "git_sha": result.git_sha,
+    }
+
+
+def _report_part(module: str, function: str) -> Any:
+    return getattr(importlib.import_module(f"ci.{module}"), function)
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,77 @@
+"""Sessions of the readiness harness, one a stage of the runbook. `ci/nox -l` lists them, `ci/nox -s NAME` runs one.
+
+The sessions use the interpreter that runs nox (`ci/nox` makes a .venv for it); arguments after `--` go to pytest.
+"""
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["readiness"]
+
+
+def _ci(session: nox.Session, *arguments: str) -> None:
+    session.run("python", "-m", "ci", *arguments, external=True)
+
+
+@nox.session(venv_backend="none")
+def readiness(session: nox.Session) -> None:
+    """Everything this machine can prove, then the report: READY, READY ON CPU or NOT READY."""
+    _ci(session, "readiness", "--", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def preflight(session: nox.Session) -> None:
+    """Is this machine what its profile says, and fit to run the stages?"""
+    _ci(session, "preflight")
+
+
+@nox.session(venv_backend="none")
+def cpu_correctness(session: nox.Session) -> None:
+    """Stage 1: the mathematics of NSA, on any CPU."""
+    _ci(session, "stage", "cpu_correctness", "--", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def gpu_parity(session: nox.Session) -> None:
+    """Stage 2: routing snapshot, and Triton and FA-2 against the reference."""
+    _ci(session, "stage", "gpu_parity", "--", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def long_context(session: nox.Session) -> None:
+    """Stage 3: a 65,536-token prefill in tiles, and the needle."""
+    _ci(session, "stage", "long_context", "--", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def train_readiness(session: nox.Session) -> None:
+    """Stage 4: the showcase, and data parallel (two gloo processes; NCCL on two GPUs)."""
+    _ci(session, "stage", "train_readiness", "--", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Stage 5: decode time and reads against the length, and their table."""
+    _ci(session, "stage", "bench", "--", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def report(session: nox.Session) -> None:
+    """Judge what has run: merged JUnit, summary.md, summary.html, the bundle."""
+    _ci(session, "report")
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """The library's and the repository's tests, with coverage; `-- -k NAME` narrows them."""
+    options = ["-n", "2", "--cov", "--cov-report=term:skip-covered"]
+    session.run("python", "-m", "pytest", *options, *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """ruff (rules and format) and mypy."""
+    session.run("python", "-m", "ruff", "check", ".", external=True)
+    session.run("python", "-m", "ruff", "format", "--check", ".", external=True)
+    session.run("python", "-m", "mypy", external=True)
