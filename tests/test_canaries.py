@@ -98,8 +98,8 @@ def test_a_run_with_canaries_is_not_ready_and_says_how_to_repeat_each(everything
     assert json.loads((root / "artifacts/exit.json").read_text())["code"] == 1
     assert outcome.load_result(root / "artifacts/result.json").verdict == "NOT READY"
     lines = done.stdout.splitlines()
-    for name, (code, _) in CODES.items():
-        assert (f"    reproduce: {judged[name].reproduce}" in lines) == bool(code)
+    for name in (name for name, (code, _) in CODES.items() if code):
+        assert f"    reproduce: {judged[name].reproduce}" in lines
 
 
 def test_a_hanging_step_leaves_no_process_behind(everything):
