@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from pathlib import Path
 
-from ci import document, execute, outcome, runbook
+from ci import audit, document, execute, outcome, runbook
 from ci.session import Session, clear_exit, offline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +89,7 @@ def _run(args: argparse.Namespace, session: Session, book: runbook.Runbook) -> i
 
 
 def _verify(path: Path) -> int:
-    report = importlib.import_module("ci.bundle").verify(path)
+    report = audit.verify(path)
     print(report)
     return outcome.READY if report.ok else outcome.TEST_FAILED
 

@@ -107,6 +107,7 @@ class Runbook:
     stages: tuple[Stage, ...]
     steps: tuple[Step, ...]
     sha256: str
+    path: Path
 
     def of_stage(self, stage: str) -> list[Step]:
         """The steps of a stage in their order; RunbookError if there is no such stage."""
@@ -129,7 +130,7 @@ def load(path: Path = SOURCE) -> Runbook:
     profiles = {name: _build(Profile, {"id": name, **table}, name) for name, table in data.get("profiles", {}).items()}
     stages = tuple(_build(Stage, table, table.get("id", "?")) for table in data.get("stages", []))
     steps = tuple(_step(table) for table in data.get("steps", []))
-    book = Runbook(profiles, stages, steps, hashlib.sha256(text).hexdigest())
+    book = Runbook(profiles, stages, steps, hashlib.sha256(text).hexdigest(), path)
     _check(book)
     return book
 

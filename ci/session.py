@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +108,29 @@ class Session:
     def report(self) -> RunResult:
         """Judges everything recorded, writes result.json, junit.xml, summary.md, summary.html and the bundle."""
         result = contract.judge(self.book, self.profile or self._recorded_profile(), self.artifacts)
-        outcome.save(result, self.artifacts / "result.json")
         junit.merge(result.steps, self.artifacts / "junit", self.artifacts / "junit.xml", _properties(result))
-        self.finish("report", result.exit_code, result.verdict)
-        if missing := [name for name in ("summary", "html", "bundle") if not importlib.util.find_spec(f"ci.{name}")]:
-            self.say(f"{result.verdict}\nreport: ci/{', ci/'.join(missing)} is not here yet")
-            return result
-        (self.artifacts / "summary.md").write_text(_report_part("summary", "render_markdown")(result, self.artifacts))
-        (self.artifacts / "summary.html").write_text(_report_part("html", "render_html")(result, self.artifacts))
-        bundle = _report_part("bundle", "build")(self.artifacts, result, self.root / "dist")
+        self._write_reports(result)
+        from ci import bundle
+
+        try:
+            packed = bundle.build(self.artifacts, result, self.root / "dist", runbook=self.book.path)
+        except bundle.BundleError as error:
+            lost = [*result.not_proven, f"no bundle: {error}"]
+            code = result.exit_code or outcome.CONTRACT
+            result = replace(result, verdict="NOT READY", exit_code=code, not_proven=lost)
+            self._write_reports(result)
+            packed = None
         self.say((self.artifacts / "summary.md").read_text().rstrip())
-        self.say(f"\nreport: artifacts/summary.html\nbundle: {bundle.relative_to(self.root)}")
+        self.say(f"\nreport: artifacts/summary.html\nbundle: {packed.relative_to(self.root) if packed else 'none'}")
         return result
+
+    def _write_reports(self, result: RunResult) -> None:
+        from ci import html, summary  # late: preflight and the stages run without a plotting library
+
+        outcome.save(result, self.artifacts / "result.json")
+        self.finish("report", result.exit_code, result.verdict)
+        (self.artifacts / "summary.md").write_text(summary.render_markdown(result, self.artifacts))
+        (self.artifacts / "summary.html").write_text(html.render_html(result, self.artifacts, self.book))
 
     def _recorded_profile(self) -> str:
         path = self.artifacts / "env.json"
@@ -183,10 +192,6 @@ def _properties(result: RunResult) -> dict[str, str]:
         "python": result.env.get("python", "unknown"),
         "git_sha": result.git_sha,
     }
-
-
-def _report_part(module: str, function: str) -> Any:
-    return getattr(importlib.import_module(f"ci.{module}"), function)
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
