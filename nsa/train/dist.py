@@ -1,0 +1,130 @@
+"""Who this process is among the ranks, and the few words the ranks exchange. Nothing else reads RANK or WORLD_SIZE.
+
+torchrun starts the processes and sets the variables; one process without them is a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as td
+
+from nsa.train.errors import ConfigError, TrainError
+
+T = TypeVar("T")
+
+# A rank that waits longer than this for another fails, so that a run ends rather than hangs.
+PATIENCE = timedelta(minutes=10)
+
+
+def rank() -> int:
+    """This process's rank before, or without, a process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@dataclass(frozen=True)
+class World:
+    """`ddp` says whether there is a process group; without one the helpers return what they are given."""
+
+    rank: int
+    size: int
+    device: torch.device
+    ddp: bool
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks, the same on every rank."""
+        if not self.ddp:
+            return list(values)
+        # fp64, so that a mean over ranks is as exact as one process's; NCCL wants it on the card.
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        td.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of each rank, by rank, on rank 0; an empty list on the others."""
+        if not self.ddp:
+            return [value]
+        out: list[Any] = [None] * self.size if self.is_main else []
+        td.gather_object(value, out if self.is_main else None)
+        return out
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        if not self.ddp:
+            return value
+        box = [value]
+        td.broadcast_object_list(box)
+        return box[0]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Do it on rank 0; every rank gets the result, or raises the TrainError that rank 0 met."""
+        outcome: T | TrainError | None = None
+        if self.is_main:
+            try:
+                outcome = action()
+            except TrainError as error:
+                outcome = error
+        outcome = self.share(outcome)
+        if isinstance(outcome, TrainError):
+            raise outcome
+        return cast(T, outcome)
+
+    def close(self) -> None:
+        if self.ddp and td.is_initialized():
+            td.destroy_process_group()
+
+
+def init(ddp: int, device: str) -> World:
+    """Join the process group that torchrun prepared (gloo on a CPU, NCCL on CUDA), or be alone.
+
+    ddp: -1 joins if there is more than one process, 0 never, 1 always. device: auto, cpu, cuda or cuda:N; under
+    torchrun every rank takes the card of its LOCAL_RANK. Raises ConfigError naming the setting that does not fit.
+    """
+    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    if ddp == 0 and size > 1:
+        raise ConfigError(f"runtime.ddp = 0 with WORLD_SIZE = {size}: start one process, or drop --ddp 0")
+    if ddp == 1 and "RANK" not in os.environ:
+        raise ConfigError(
+            "runtime.ddp = 1 but RANK is not set: start with torchrun --nproc_per_node=N, or drop --ddp 1"
+        )
+    join = ddp == 1 or size > 1
+    where = _device(device, local_rank, join)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if join:
+        td.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=PATIENCE)
+    return World(rank() if join else 0, size, where, join)
+
+
+def _device(name: str, local_rank: int, join: bool) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"runtime.device = {name}: torch {torch.__version__} sees no CUDA; set runtime.device=cpu")
+    index = local_rank if join else int(name.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"runtime.device = {name}: card {index} is asked for and there are {torch.cuda.device_count()}; "
+            "start fewer processes (--nproc_per_node) or name another card"
+        )
+    return torch.device("cuda", index)
+
+
+def slice_of(rows: int, world: World, name: str) -> range:
+    """The rows of a global batch that are this rank's. Raises ConfigError if they do not divide."""
+    if rows % world.size:
+        raise ConfigError(
+            f"{name} = {rows} is not a multiple of WORLD_SIZE = {world.size}: it is global, split over the ranks; "
+            f"use {max(1, rows // world.size) * world.size}"
+        )
+    each = rows // world.size
+    return range(world.rank * each, (world.rank + 1) * each)
