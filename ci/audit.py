@@ -17,10 +17,11 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ci.contract import digest
 from ci.runbook import SOURCE
@@ -78,11 +79,15 @@ def verify(path: Path) -> VerifyReport:
     with tempfile.TemporaryDirectory(prefix="nsa-verify-") as scratch:
         root = Path(scratch)
         try:
-            top, digests = _unpack(path, root)
+            top, digests, stream = _unpack(path, root)
             manifest = _manifest(root, top, digests)
         except Refused as refusal:
             return replace(report, problems=[str(refusal)])
         problems = [*_differences(root, manifest, digests), *contradictions(root, manifest)]
+        again = _Hashing()
+        write_tar(again, top, ((name, (root / name).read_bytes()) for name in sorted(digests)))
+        if again.digest != stream and not problems:
+            problems.append(f"{path.name}: holds bytes that belong to none of its files")
         return replace(
             report,
             problems=problems,
@@ -93,25 +98,56 @@ def verify(path: Path) -> VerifyReport:
         )
 
 
-def _unpack(path: Path, root: Path) -> tuple[str, dict[str, str]]:
-    """Writes the members below root; the top folder's name, and path to sha256 of each."""
+def write_tar(sink: Any, top: str, members: Iterable[tuple[str, bytes]]) -> None:
+    """The one form of a bundle's tar: plain files below `top` in the order given, without time, owner or rights."""
+    with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(f"{top}/{name}")
+            info.size, info.mode, info.mtime = len(data), 0o644, 0
+            tar.addfile(info, BytesIO(data))
+
+
+class _Hashing:
+    """A file that keeps the sha256 of what passes through it: read from `source`, or written to nowhere."""
+
+    def __init__(self, source: Any = None) -> None:
+        self._source, self._sha = source, hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        return self._sha.hexdigest()
+
+    def read(self, size: int) -> bytes:
+        data = self._source.read(size) if self._source else b""
+        self._sha.update(data)
+        return data
+
+    def write(self, data: bytes) -> int:
+        self._sha.update(data)
+        return len(data)
+
+
+def _unpack(path: Path, root: Path) -> tuple[str, dict[str, str], str]:
+    """Writes the members below root; the top folder's name, path to sha256 of each, sha256 of the whole stream."""
     tops: set[str] = set()
     digests: dict[str, str] = {}
     folded: set[str] = set()
     total = 0
     try:
-        with gzip.open(path) as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
-            for info in tar:
-                top, name = _safe_name(info)
-                tops.add(top)
-                total += info.size
-                if name.casefold() in folded:
-                    raise Refused(f"{name}: there twice")
-                if len(digests) >= MAX_MEMBERS or info.size > MAX_MEMBER or total > MAX_TOTAL:
-                    raise Refused(f"{name}: over the limit of {MAX_MEMBERS} files, {MAX_MEMBER} bytes a file")
-                folded.add(name.casefold())
-                digests[name] = _write(tar, info, root / name)
-            if _rest(packed):
+        with gzip.open(path) as packed:
+            stream: Any = _Hashing(packed)
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for info in tar:
+                    top, name = _safe_name(info)
+                    tops.add(top)
+                    total += info.size
+                    if name.casefold() in folded:
+                        raise Refused(f"{name}: there twice")
+                    if len(digests) >= MAX_MEMBERS or info.size > MAX_MEMBER or total > MAX_TOTAL:
+                        raise Refused(f"{name}: over the limit of {MAX_MEMBERS} files, {MAX_MEMBER} bytes a file")
+                    folded.add(name.casefold())
+                    digests[name] = _write(tar, info, root / name)
+            if _rest(stream):
                 raise Refused(f"{path.name}: data behind the end of the archive")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Refused(f"{path.name}: truncated or not a .tar.gz ({error})") from error
@@ -119,7 +155,7 @@ def _unpack(path: Path, root: Path) -> tuple[str, dict[str, str]]:
         raise Refused(f"{path.name}: one member is the folder of another") from error
     if len(tops) != 1:
         raise Refused(f"{path.name}: {len(tops)} top folders where one is expected")
-    return tops.pop(), digests
+    return tops.pop(), digests, stream.digest
 
 
 def _safe_name(info: tarfile.TarInfo) -> tuple[str, str]:
@@ -148,16 +184,16 @@ def _write(tar: tarfile.TarFile, info: tarfile.TarInfo, target: Path) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with target.open("xb") as file:
-        for chunk in _chunks(source):  # type: ignore[arg-type]
+        for chunk in _chunks(source):
             digest.update(chunk)
             file.write(chunk)
     return digest.hexdigest()
 
 
-def _rest(packed: gzip.GzipFile) -> bool:
+def _rest(stream: _Hashing) -> bool:
     """True if anything but the archive's zero padding follows. Reading on also checks the gzip trailer."""
     read = 0
-    for chunk in _chunks(packed):  # type: ignore[arg-type]
+    for chunk in _chunks(stream):
         read += len(chunk)
         if chunk.strip(b"\0") or read > CHUNK:
             return True
@@ -222,6 +258,6 @@ def _notes(manifest: dict[str, Any], digests: dict[str, str]) -> list[str]:
     return notes
 
 
-def _chunks(source: BinaryIO) -> Iterator[bytes]:
+def _chunks(source: Any) -> Iterator[bytes]:
     while chunk := source.read(CHUNK):
         yield chunk

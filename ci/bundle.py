@@ -17,14 +17,12 @@ import hashlib
 import json
 import os
 import re
-import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ci.audit import MAX_MEMBER, SCHEMA, VerifyReport, verify
+from ci.audit import MAX_MEMBER, SCHEMA, VerifyReport, verify, write_tar
 from ci.contract import digest
 from ci.evidence import flatten, is_backup, is_checkpoint, size
 from ci.outcome import RunResult
@@ -60,11 +58,7 @@ def build(artifacts: Path, result: RunResult, out_dir: Path, *, runbook: Path = 
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(target.name + ".tmp")
     with scratch.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed:
-        with tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-            for name, data in _with_sums(members, manifest):
-                info = tarfile.TarInfo(f"{manifest['bundle']}/{name}")
-                info.size, info.mode, info.mtime = len(data), 0o644, 0
-                tar.addfile(info, BytesIO(data))
+        write_tar(packed, manifest["bundle"], _with_sums(members, manifest))
     scratch.replace(target)
     return target
 

@@ -1,14 +1,17 @@
 """Keeps secrets and home folders out of what leaves the machine.
 
 Values of secret-looking variables and strings in well-known token formats are replaced by a mark that names them; the
-repository's root becomes `.` and the home folder `~`. A secret inside a binary file cannot be masked: SecretFound.
+repository's root becomes `.`, the home folder `~`, and JUnit's host name goes. A secret inside a binary file cannot be
+masked: SecretFound.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Iterable, Mapping
+from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
@@ -23,6 +26,7 @@ TOKEN_FORMATS = re.compile(
     rb"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,}|hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}"
     rb"|xox[abpr]-[A-Za-z0-9-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
 )
+HOST = re.compile(rb'(<testsuite\b[^>]*?) hostname="[^"]*"')
 
 
 class SecretFound(ValueError):
@@ -56,7 +60,7 @@ class Redactor:
         data = TOKEN_FORMATS.sub(b"[masked:token]", data)
         for pattern, mark in self._paths:
             data = pattern.sub(mark, data)
-        return data
+        return HOST.sub(rb"\1", data) if name.endswith(".xml") else data
 
 
 def secrets_in(variables: Mapping[str, str]) -> dict[str, str]:
@@ -77,8 +81,8 @@ def _names_a_file(value: str) -> bool:
 
 def _forms(value: str) -> Iterable[bytes]:
     raw = value.encode()
-    escaped = value.encode("unicode_escape")
-    return {raw, escaped, quote(value, safe="").encode(), base64.b64encode(raw).rstrip(b"=")}
+    spelled = (json.dumps(value)[1:-1], repr(value)[1:-1], escape(value), quote(value, safe=""))
+    return {raw, base64.b64encode(raw).rstrip(b"="), *(form.encode() for form in spelled)}
 
 
 def _path_pattern(path: Path) -> re.Pattern[bytes]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ci import contract, junit
-from ci.outcome import OutcomeError, RunResult, StepRecord, load_record, load_result
+from ci.outcome import OutcomeError, RunResult, StepOutcome, StepRecord, load_record, load_result
 from ci.runbook import Runbook, RunbookError, Step, load
 
 T = TypeVar("T")
@@ -21,6 +21,8 @@ RESULT, EXIT, SUMMARY, RUNBOOK = "artifacts/result.json", "artifacts/exit.json",
 VERDICT = re.compile(r"(NOT READY|READY ON CPU|READY)\b")
 TALLY = re.compile(r"\b(\d+) (passed|failed|errors?)\b")
 CLAIMS = ("verdict", "exit_code", "profile", "git_sha", "run_id", "dirty")
+# All that the contract derives of a step, but for the reason: it may name the folder the judge looked into.
+STEP_FACTS = tuple(field.name for field in fields(StepOutcome) if field.name != "reason")
 
 
 def contradictions(root: Path, manifest: dict[str, Any]) -> list[str]:
@@ -87,18 +89,19 @@ def _judged(root: Path, result: RunResult, book: Runbook) -> Iterator[str]:
         if said is None:
             yield f"{RESULT}: says nothing of step {step.id}"
             continue
-        for key in ("verdict", "passed", "failed", "skipped", "exit_code", "expected", "command"):
+        for key in STEP_FACTS:
             if getattr(said, key) != getattr(step, key):
-                because = f" ({step.reason})" if step.reason else ""
+                because = f" ({_short(root, step.reason)})" if step.reason else ""
                 yield (
                     f"{RESULT}: {step.id}.{key} is {getattr(said, key)!a}, "
                     f"the raw records give {getattr(step, key)!a}{because}"
                 )
     for name in claimed:
         yield f"{RESULT}: step {name!a} is not in {RUNBOOK}"
-    for key in ("verdict", "exit_code", "not_proven"):
+    for key in ("verdict", "exit_code", "not_proven", "started", "wall_s", "env"):
         if getattr(derived, key) != getattr(result, key):
-            yield f"{RESULT}: {key} is {getattr(result, key)!a}, the raw records give {getattr(derived, key)!a}"
+            claim, fact = (f"{getattr(run, key)!a:.200}" for run in (result, derived))
+            yield f"{RESULT}: {key} is {claim}, the raw records give {fact}"
 
 
 def _repeated(root: Path, result: RunResult) -> Iterator[str]:
@@ -165,5 +168,5 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
 
 
-def _short(root: Path, error: BaseException) -> str:
+def _short(root: Path, error: BaseException | str) -> str:
     return " ".join(str(error).replace(f"{root}/", "").split())[:200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ from report_factory import MATHS_TXT, MATHS_XML, Run, make_run
 
 from ci import audit, bundle
 from ci.redact import Redactor, secrets_in
+from ci.session import Session
 
 FAILED_XML = MATHS_XML.replace('failures="0"', 'failures="1"').replace(
     '<testcase classname="nsa.tests.test_block_math" name="test_taps" time="0.3" />',
@@ -165,6 +167,21 @@ def test_a_secret_is_masked_in_text(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert bundle.verify(path).ok
 
 
+def test_a_run_without_a_bundle_is_not_ready(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPLOAD_TOKEN", "s3cr3t-value-of-mine")
+    (run.artifacts / "tracked" / "blob.bin").write_bytes(b"\0\1s3cr3t-value-of-mine")
+    said: list[str] = []
+    session = Session(run.book, run.root, say=said.append)
+    session.profile = "cpu"
+    assert session.report().exit_code == 3
+    assert json.loads((run.artifacts / "exit.json").read_text())["code"] == 3
+    first = (run.artifacts / "summary.md").read_text().splitlines()[0]
+    assert first.startswith("NOT READY (exit code 3). Not proven: ")
+    assert (
+        "no bundle: artifacts/tracked/blob.bin: holds the value of $UPLOAD_TOKEN in a binary file; remove it" in first
+    )
+
+
 def test_a_secret_in_a_binary_file_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPLOAD_TOKEN", "s3cr3t-value-of-mine")
     (run.artifacts / "tracked" / "blob.bin").write_bytes(b"\0\1s3cr3t-value-of-mine")
@@ -176,6 +193,21 @@ def test_an_access_token_is_masked_whatever_its_variable(run: Run) -> None:
     token = "ghp_" + "A1b2" * 9
     run.write("tracked/log.txt", f"using {token}\n")
     assert token.encode() not in b"".join(unpack(pack(run)).values())
+
+
+@pytest.mark.parametrize(
+    "spelling", ['a"b<c&d\\e/f', r"a\"b<c&d\\e/f", "a&quot;b&lt;c&amp;d\\e/f", "a%22b%3Cc%26d%5Ce%2Ff"]
+)
+def test_a_secret_is_masked_however_it_is_spelled(spelling: str) -> None:
+    clean = Redactor({"MY_TOKEN": 'a"b<c&d\\e/f'}).clean
+    assert clean("x", f"got {spelling}.".encode()) == b"got [masked:MY_TOKEN]."
+
+
+def test_the_host_name_leaves_the_junit() -> None:
+    clean = Redactor({}).clean
+    suite = b'<testsuite name="a" hostname="box.internal" tests="1">'
+    assert clean("a.xml", suite) == b'<testsuite name="a" tests="1">'
+    assert clean("a.txt", suite) == suite
 
 
 def test_ordinary_variables_are_not_secrets() -> None:
@@ -222,6 +254,15 @@ def with_member(name: str, kind: bytes = tarfile.REGTYPE) -> Callable[[Path], Pa
     return tamper
 
 
+def hide(path: Path) -> Path:
+    """Bytes in the padding behind a small file, where no tool looks."""
+    stream = bytearray(gzip.decompress(path.read_bytes()))
+    start = stream.index(b"kept by hand\n") + 100
+    stream[start : start + 6] = b"hidden"
+    path.write_bytes(gzip.compress(bytes(stream)))
+    return path
+
+
 def truncate(path: Path) -> Path:
     path.write_bytes(path.read_bytes()[:-200])
     return path
@@ -256,6 +297,7 @@ def not_a_tar(path: Path) -> Path:
         (with_member("other/file"), "2 top folders"),
         (with_member("{top}/artifacts/bench/decode.csv/x"), "one member is the folder of another"),
         (with_member("{top}/artifacts\\x"), "not a plain relative path"),
+        (hide, "holds bytes that belong to none of its files"),
         (truncate, r"truncated or not a \.tar\.gz"),
         (append, r"truncated or not a \.tar\.gz"),
         (not_a_tar, r"truncated or not a \.tar\.gz"),
