@@ -51,8 +51,8 @@ def succeeded(result):
 def refuses(monkeypatch, capsys):
     """Check that a script ends with code 2, one line that names the thing, and an empty stdout."""
 
-    def check(script, args, named):
-        monkeypatch.setattr(sys, "argv", [script, *SMALL_LAYER, *args])
+    def check(script, args, named, shape=SMALL_LAYER):
+        monkeypatch.setattr(sys, "argv", [script, *shape, *args])
         monkeypatch.setattr(sys, "path", list(sys.path))
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -206,3 +206,19 @@ def test_decode_ends_with_a_line_of_json_that_repeats_the_csv(decode_bench):
 )
 def test_decode_refuses_a_bad_flag_in_one_line(args, named, refuses):
     refuses("bench/bench_decode.py", args, named)
+
+
+# bench_prefill
+
+
+def test_prefill_bench_records_time_memory_and_measured_reads():
+    printed = succeeded(run("bench/bench_prefill.py", "--config", "configs/train_showcase.yaml", "--S", 150))
+    figures = json.loads(printed.splitlines()[-1])
+    assert (figures["bench"], figures["S"]) == ("prefill", 150)
+    assert figures["reads_actual"] == figures["reads_expected"]
+    assert figures["seconds"] > 0
+    assert figures["peak_memory_bytes"] > 0
+
+
+def test_prefill_bench_names_a_config_that_is_not_there(refuses):
+    refuses("bench/bench_prefill.py", ["--config", "configs/none.yaml"], "configs/none.yaml", shape=[])
