@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -137,11 +139,17 @@ class Transformer(nn.Module):
         return ids
 
 
-def _keep_block_choice():
+def _keep_block_choice() -> Any:
     """Selective checkpointing: save `select_blocks`' output (int32, B*T*G*N*4 bytes a layer), recompute the rest."""
 
-    def policy(_ctx, op, *_args, **_kwargs):
-        kept = op is torch.ops.nsa.select_blocks.default
-        return checkpoint.CheckpointPolicy.MUST_SAVE if kept else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+    def kept(op: Any) -> bool:
+        return op is torch.ops.nsa.select_blocks.default
+
+    if not hasattr(checkpoint, "create_selective_checkpoint_contexts"):  # torch 2.4 has it under a private name
+        contexts = vars(checkpoint)["_pt2_selective_checkpoint_context_fn_gen"]
+        return contexts(lambda _mode, op, *_args, **_kwargs: kept(op))
+
+    def policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> checkpoint.CheckpointPolicy:
+        return checkpoint.CheckpointPolicy.MUST_SAVE if kept(op) else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
     return checkpoint.create_selective_checkpoint_contexts(policy)

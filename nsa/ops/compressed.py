@@ -4,8 +4,6 @@ Query t sees block j iff j*d + l - 1 <= t. With u = t - (l-1) = d*a + r that is 
 inputs are d independent causal problems of S/d rows against the same compressed keys: no mask as large as T x C.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

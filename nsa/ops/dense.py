@@ -12,6 +12,9 @@ import torch.nn.functional as F
 
 _forward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Before it learned grouped heads the CPU operator read past the keys' end without a word (2.4.1 corrupts the heap).
+# 2.13 is the oldest version where grouped heads were checked against the reference.
+_GROUPED_HEADS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -24,6 +27,16 @@ def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
     if x.shape[-1] < width:
         return F.pad(x, (0, width - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _per_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[N,G,S,D] -> [N,H,S,D] where the operator wants a key for every head."""
+    return x if _GROUPED_HEADS or x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _per_group(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Gradients [N,H,S,D] of `_per_head`'s result, summed to [N,G,S,D]."""
+    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
 
 
 def forward(
@@ -42,9 +55,9 @@ def forward(
     if q.device.type != "cpu" or not q.numel():
         return _forward_plain(q, k, v, scale, causal, mask)
     width = max(q.shape[-1], v.shape[-1])
-    out, lse = _forward_cpu(
-        _widen(q, width), _widen(k, width), _widen(v, width), 0.0, causal, attn_mask=mask, scale=scale
-    )
+    q, k, v_wide = _widen(q, width), _widen(k, width), _widen(v, width)
+    k, v_wide = _per_head(k, q.shape[1]), _per_head(v_wide, q.shape[1])
+    out, lse = _forward_cpu(q, k, v_wide, 0.0, causal, attn_mask=mask, scale=scale)
     return out[..., : v.shape[-1]], lse
 
 
@@ -72,8 +85,8 @@ def backward(
     dq, dk, dv = _backward_cpu(
         _widen(dout, width),
         _widen(q, width),
-        _widen(k, width),
-        _widen(v, width),
+        _per_head(_widen(k, width), q.shape[1]),
+        _per_head(_widen(v, width), q.shape[1]),
         _widen(out, width),
         lse,
         0.0,
@@ -81,6 +94,7 @@ def backward(
         attn_mask=mask,
         scale=scale,
     )
+    dk, dv = _per_group(dk, k.shape[1]), _per_group(dv, v.shape[1])
     return dq[..., : q.shape[-1]].to(dtype), dk[..., : k.shape[-1]].to(dtype), dv[..., : v.shape[-1]].to(dtype)
 
 

@@ -6,8 +6,6 @@ one dense product, and merge the slots of a query by logsumexp; no key is copied
 the same shape.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Block choice: compressed scores, summed over Eq. 9's overlaps and the group's heads, top-n (Eqs. 8-11)."""
 
-from __future__ import annotations
-
 import torch
 
 from nsa import routing
@@ -97,8 +95,8 @@ def select_blocks(
     q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
     if backend == "reference" and rows is None:
         return select_blocks_reference(q, k_cmp, lse, cfg, seq_len=S)
-    pattern = [cfg.l, cfg.d, cfg.l_sel, cfg.n_sel, cfg.init_blocks, cfg.local_blocks]
-    return _select(q, k_cmp, lse, pattern, S, rows, backend)
+    pattern = (cfg.l, cfg.d, cfg.l_sel, cfg.n_sel, cfg.init_blocks, cfg.local_blocks)
+    return _select(q, k_cmp, lse, *pattern, S, rows, backend)
 
 
 @torch.library.custom_op("nsa::select_blocks", mutates_args=())
@@ -106,15 +104,19 @@ def _select(
     q: torch.Tensor,
     k_cmp: torch.Tensor,
     lse: torch.Tensor,
-    pattern: list[int],
+    l: int,  # noqa: E741
+    d: int,
+    l_sel: int,
+    n_sel: int,
+    init_blocks: int,
+    local_blocks: int,
     seq_len: int,
     rows: torch.Tensor | None,
     backend: str | None,
 ) -> torch.Tensor:
     route = routing.choose("selection", q, k_cmp, backend=backend)
     routing.launches["selection", route.backend] += 1
-    l, d, l_sel, n, init_blocks, local_blocks = pattern  # noqa: E741
-    cfg = NSAConfig(l=l, d=d, l_sel=l_sel, n_sel=n, init_blocks=init_blocks, local_blocks=local_blocks)
+    cfg = NSAConfig(l=l, d=d, l_sel=l_sel, n_sel=n_sel, init_blocks=init_blocks, local_blocks=local_blocks)
     if rows is None:
         return _select_chunks(q, k_cmp, lse, cfg, seq_len)
     T = q.shape[1]
@@ -128,8 +130,8 @@ def _select(
 
 
 @_select.register_fake
-def _(q, k_cmp, lse, pattern, seq_len, rows, backend):
-    return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], pattern[3], dtype=torch.int32)
+def _(q, k_cmp, lse, l, d, l_sel, n_sel, init_blocks, local_blocks, seq_len, rows, backend):  # noqa: E741
+    return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], n_sel, dtype=torch.int32)
 
 
 def _select_chunks(q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor, cfg: NSAConfig, S: int) -> torch.Tensor:

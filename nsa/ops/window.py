@@ -1,7 +1,5 @@
 """Sliding-window attention: each query attends to the w tokens that end at itself."""
 
-from __future__ import annotations
-
 import torch
 
 from nsa import routing
