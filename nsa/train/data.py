@@ -172,9 +172,9 @@ class StreamWindows:
         self._held = {hashlib.sha256(text).digest() for text in held}
         self._val = self._flat(held)
         self._stream = split_dataset_by_node(stream, rank=world.rank, world_size=world.size) if world.ddp else stream
-        self._records: Iterator[Any] = iter(self._stream)
+        self._begin(0)
         self._left: list[int] = []
-        self._epoch, self._rank, self._size = 0, world.rank, world.size
+        self._rank, self._size = world.rank, world.size
         self.summary = {"documents_val": len(held), "tokens_val": len(self._val)}
 
     def _text(self, record: Any) -> bytes:
@@ -187,6 +187,12 @@ class StreamWindows:
     def _flat(self, documents: list[bytes]) -> list[int]:
         return [i for text in documents for i in (*self.tokenizer.encode(text), self.tokenizer.end)]
 
+    def _begin(self, epoch: int) -> None:
+        """Without its number a new epoch would start where the stream was resumed, not at its beginning."""
+        self._epoch = epoch
+        self._stream.set_epoch(epoch)
+        self._records: Iterator[Any] = iter(self._stream)
+
     def _next_document(self) -> bytes:
         """The next document that is not held out; a stream that ends starts again."""
         for _ in range(2):
@@ -194,8 +200,7 @@ class StreamWindows:
                 text = self._text(record)
                 if text.strip() and hashlib.sha256(text).digest() not in self._held:
                     return text
-            self._epoch += 1
-            self._records = iter(self._stream)
+            self._begin(self._epoch + 1)
         raise DataError(f"{self.name}: no document is left to train on; give more documents or a smaller data.val_docs")
 
     def batch(self) -> torch.Tensor:
@@ -228,8 +233,8 @@ class StreamWindows:
                 f"{self._size}; resume with --nproc_per_node={state['world'][1]}"
             )
         self._stream.load_state_dict(state["stream"])
-        self._records = iter(self._stream)
-        self._left, self._epoch = list(state["left"]), state["epoch"]
+        self._begin(state["epoch"])
+        self._left = list(state["left"])
 
 
 def _open_stream(cfg: TrainConfig) -> tuple[Any, str]:

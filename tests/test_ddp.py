@@ -1,0 +1,172 @@
+"""Two processes over gloo are one process; only rank 0 writes; no rank waits for one that is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa.records import TrainRow, ValRow, read_rows
+from nsa.train import checkpoint, config, dist
+from nsa.train.errors import ConfigError
+from nsa.train.loop import train
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 6
+
+
+def a_config(out_dir, **loop):
+    loop = {
+        **{"steps": STEPS, "seq_len": 32, "batch_size": 4, "accumulate_grad_batches": 2, "lr": 5e-3, "log_every": 1},
+        **{"save_every": 3, "eval_every": 3, "eval_batches": 2, "seed": 5},
+        **loop,
+    }
+    return config.build(
+        {
+            "model": {"vocab_size": 64, "dim": 16, "n_heads": 2, "n_kv_groups": 1, "d_k": 8, "d_v": 8},
+            "nsa": {"l": 4, "d": 2, "l_sel": 4, "n_sel": 3, "w": 8, "phi": "mlp"},
+            "data": {"dataset": "synthetic"},
+            "runtime": {"device": "cpu"},
+            "train": {**loop, "out_dir": str(out_dir)},
+        }
+    )
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def start(cfg, *arguments, ranks=2):
+    path = Path(cfg.train.out_dir).with_suffix(".yaml")
+    path.write_text(json.dumps(cfg.as_dict()))
+    # The launcher's module form: the same interpreter as this test's, whatever PATH holds.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "scripts" / "train_showcase.py"), *arguments],
+        env={**os.environ, "CONFIG": str(path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    try:
+        stdout, stderr = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, stdout, stderr
+
+
+def wait_for_line(process, start_of_line):
+    for line in process.stdout:
+        if line.startswith(start_of_line):
+            return
+    pytest.fail(f"the run ended before it printed {start_of_line!r}: {process.stderr.read()[-2000:]}")
+
+
+def test_two_ranks_repeat_one_process(tmp_path):
+    code, stdout, stderr = finish(start(a_config(tmp_path / "two")))
+    assert code == 0, stderr[-2000:]
+    train(a_config(tmp_path / "one"), emit=quiet)
+    one, two = (read_rows(tmp_path / name / "training.csv", TrainRow) for name in ("one", "two"))
+    assert [row.step for row in two] == list(range(1, STEPS + 1))
+    assert [row.loss for row in two] == pytest.approx([row.loss for row in one], rel=1e-5)
+    assert [row.lr for row in two] == [row.lr for row in one]
+    validations = [read_rows(tmp_path / name / "val.csv", ValRow) for name in ("one", "two")]
+    assert [row.val_loss for row in validations[1]] == pytest.approx([r.val_loss for r in validations[0]], rel=1e-5)
+    # one writer: rank 0's lines once, one file of each kind, a heartbeat of each rank
+    assert [line[:9] for line in stdout.splitlines() if "| loss" in line] == [
+        f"step {n:04d}" for n in range(1, STEPS + 1)
+    ]
+    files = sorted(file.name for file in (tmp_path / "two").iterdir() if file.is_file())
+    assert files == sorted(
+        [
+            *("checkpoint_000003.pt", "checkpoint_000006.pt", "env.json", "metrics.json", "training.csv", "val.csv"),
+            *("heartbeat_rank0.jsonl", "heartbeat_rank1.jsonl"),
+        ]
+    )
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert (metrics["world_size"], metrics["batch_global"], metrics["tokens"]) == (2, 8, STEPS * 8 * 32)
+    ours, theirs = (checkpoint.load(checkpoint.path_of(tmp_path / name, STEPS)) for name in ("two", "one"))
+    for name, value in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][name], value, rtol=1e-4, atol=1e-5)
+    states = [rank["rng"]["torch"] for rank in ours["ranks"]]
+    assert len(states) == 2
+    assert not torch.equal(*states), "each rank draws from its own generator"
+    # and one process goes on from what two began
+    resumed = a_config(tmp_path / "on", resume=str(checkpoint.path_of(tmp_path / "two", 3)))
+    train(resumed, emit=quiet)
+    rows = read_rows(tmp_path / "on" / "training.csv", TrainRow)
+    assert [row.loss for row in rows] == pytest.approx([row.loss for row in one], rel=1e-5)
+
+
+def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    process = start(a_config(out, steps=100_000, save_every=0, eval_every=0))
+    wait_for_line(process, "step 0002 | loss")
+    process.send_signal(signal.SIGTERM)
+    code, _, _ = finish(process)
+    assert code != 0
+    (last,) = checkpoint.list_checkpoints(out)
+    assert checkpoint.load(last)["step"] == read_rows(out / "training.csv", TrainRow)[-1].step
+    ends = [json.loads((out / f"heartbeat_rank{r}.jsonl").read_text().splitlines()[-1]) for r in range(2)]
+    assert {(end["event"], end["step"]) for end in ends} == {("end", int(last.stem[-6:]))}
+
+
+def test_a_rank_that_dies_ends_the_run(tmp_path):
+    out = tmp_path / "run"
+    process = start(a_config(out, steps=100_000, save_every=2, eval_every=0))
+    wait_for_line(process, "step 0004 | loss")
+    victim = _pid_of_rank_1(process.pid)
+    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    code, _, _ = finish(process)
+    assert code != 0
+    assert time.monotonic() - began < 120
+    assert checkpoint.last_good(out) == checkpoint.list_checkpoints(out)[-1]
+
+
+def _pid_of_rank_1(launcher):
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes() + b"\0":
+            return int(child)
+    pytest.fail("the launcher has no child of rank 1")
+
+
+def test_a_mistake_is_told_once_by_rank_0(tmp_path):
+    code, stdout, stderr = finish(start(a_config(tmp_path / "run", batch_size=3)))
+    assert code != 0
+    assert stdout == ""
+    assert stderr.count("train.batch_size = 3 is not a multiple of WORLD_SIZE = 2") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("ddp", "variables", "said"),
+    [
+        (1, {}, r"runtime\.ddp = 1 but RANK is not set"),
+        (0, {"RANK": "0", "WORLD_SIZE": "2"}, r"runtime\.ddp = 0 with WORLD_SIZE = 2"),
+    ],
+)
+def test_a_launch_that_does_not_fit_is_named(monkeypatch, ddp, variables, said):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        dist.init(ddp, "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_cuda_where_there_is_none_is_named():
+    with pytest.raises(ConfigError, match=r"runtime\.device = cuda: .* sees no CUDA; set runtime\.device=cpu"):
+        dist.init(-1, "cuda")

@@ -1,0 +1,286 @@
+"""The loop: it learns, counts in optimizer steps, leaves the promised files, and stops for a reason it names."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa.model import Transformer
+from nsa.records import TrainRow, ValRow, read_rows
+from nsa.train import config
+from nsa.train.errors import NonFiniteError, SaveError, UsageError
+from nsa.train.loop import train
+from nsa.train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny(out_dir, *, precision="fp32", gradient_checkpointing=False, phi="avg", data=None, **loop):
+    """A model that takes a step in some 20 ms and is sparse all the same."""
+    loop = {"steps": 4, "seq_len": 32, "batch_size": 4, "lr": 1e-2, "log_every": 2, "seed": 3, **loop}
+    return config.build(
+        {
+            "model": {"vocab_size": 64, "dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_groups": 1, "d_k": 8, "d_v": 8},
+            "nsa": {"l": 4, "d": 2, "l_sel": 4, "n_sel": 3, "w": 8, "phi": phi},
+            "data": data or {"dataset": "synthetic"},
+            "runtime": {
+                "device": "cpu",
+                "precision": precision,
+                "gradient_checkpointing": gradient_checkpointing,
+            },
+            "train": {**loop, "out_dir": str(out_dir)},
+        }
+    )
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def run(out_dir, **settings):
+    """Train; the rows of training.csv."""
+    train(tiny(out_dir, **settings), emit=quiet)
+    return read_rows(out_dir / "training.csv", TrainRow)
+
+
+def weights(out_dir, step):
+    return torch.load(out_dir / f"checkpoint_{step:06d}.pt", weights_only=True)["model"]
+
+
+def test_training_learns_what_repeats(tmp_path):
+    rows = run(tmp_path / "run", steps=60)
+    first = sum(row.loss for row in rows[:15]) / 15
+    last = sum(row.loss for row in rows[-15:]) / 15
+    assert abs(rows[0].loss - math.log(64)) < 0.5
+    assert last < 0.93 * first
+
+
+def test_every_step_has_a_row_and_the_files_are_those_promised(tmp_path):
+    out = tmp_path / "run"
+    lines: list[str] = []
+    result = train(tiny(out, steps=5, eval_every=2, eval_batches=2, save_every=2), emit=lines.append)
+    assert (out / "training.csv").read_text().splitlines()[0] == "step,loss,lr,toks_per_s"
+    assert (out / "val.csv").read_text().splitlines()[0] == "step,val_loss,ppl"
+    rows = read_rows(out / "training.csv", TrainRow)
+    assert [row.step for row in rows] == [1, 2, 3, 4, 5]
+    assert [row.step for row in read_rows(out / "val.csv", ValRow)] == [2, 4, 5]
+    assert sorted(file.name for file in out.glob("checkpoint*")) == [f"checkpoint_00000{n}.pt" for n in (2, 4, 5)]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"device", "dtype", "steps", "seq_len", "batch_global", "lr", "loss_first", "loss_last"} <= set(metrics)
+    assert metrics["checkpoint"] == str(out / "checkpoint_000005.pt") == str(result.checkpoint)
+    assert (metrics["steps"], metrics["batch_global"], metrics["device"], metrics["dtype"]) == (5, 4, "cpu", "fp32")
+    assert metrics["loss_last"] == pytest.approx(rows[-1].loss, rel=1e-5)
+    beats = [json.loads(line) for line in (out / "heartbeat_rank0.jsonl").read_text().splitlines()]
+    assert [beat["event"] for beat in beats][0 :: len(beats) - 1] == ["start", "end"]
+    assert {beat["step"] for beat in beats} >= {0, 2, 4, 5}
+    assert json.loads((out / "env.json").read_text())["config"]["train"]["steps"] == 5
+    pattern = r"step \d{4} \| loss \d+\.\d{4} \| lr \d\.\d\de-\d\d \| toks/s \d+ \| grad [\d.]+"
+    steps = [line for line in lines if re.fullmatch(pattern, line)]
+    assert [line[:9] for line in steps] == ["step 0001", "step 0002", "step 0004", "step 0005"]
+
+
+def test_tensorboard_has_the_curves(tmp_path):
+    pytest.importorskip("tensorboard", reason="curves need tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = run(tmp_path / "run", steps=4, log_every=1)
+    events = EventAccumulator(str(tmp_path / "run" / "tb"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/toks_per_s", "train/lr"}
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([r.loss for r in rows], rel=1e-5)
+
+
+def test_accumulation_repeats_the_larger_batch(tmp_path):
+    whole = run(tmp_path / "whole", batch_size=8, steps=5)
+    parts = run(tmp_path / "parts", batch_size=2, accumulate_grad_batches=4, steps=5)
+    assert [row.loss for row in parts] == pytest.approx([row.loss for row in whole], rel=1e-5)
+    assert [row.lr for row in parts] == [row.lr for row in whole]
+    ours, theirs = weights(tmp_path / "parts", 5), weights(tmp_path / "whole", 5)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_schedule_counts_optimizer_steps(tmp_path):
+    rows = run(tmp_path / "run", steps=10, warmup_steps=4, accumulate_grad_batches=3, batch_size=1, lr=1.0e-3)
+    assert [row.lr for row in rows[:4]] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert [row.lr for row in rows[4:]] == sorted((row.lr for row in rows[4:]), reverse=True)
+    assert rows[-1].lr == pytest.approx(1e-4), "cosine ends at a tenth on the last step"
+
+
+def test_a_constant_schedule_stays_and_a_warmup_longer_than_the_run_only_rises():
+    constant = config.build({"train": {"lr_schedule": "constant", "warmup_steps": 2, "steps": 10}}).train
+    assert [lr_factor(s, constant) for s in (0, 1, 2, 9)] == [0.5, 1, 1, 1]
+    short = config.build({"train": {"warmup_steps": 100, "steps": 10}}).train
+    assert [lr_factor(s, short) for s in range(10)] == pytest.approx([(s + 1) / 100 for s in range(10)])
+
+
+@pytest.mark.parametrize("phi", ["avg", "linear", "mlp"])
+def test_only_matrices_decay(phi, tmp_path):
+    model = Transformer(tiny(tmp_path, phi=phi).model)
+    decay, still = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in (decay, still))
+    assert (decay["weight_decay"], still["weight_decay"]) == (0.1, 0.0)
+    assert decayed | kept == set(names.values())
+    assert not decayed & kept
+    assert "embed.weight" in kept
+    for name in names.values():
+        if "norm" in name or name.endswith("bias") or "position" in name:
+            assert name in kept, name
+        elif name.endswith("proj.weight") or "ffn" in name:
+            assert name in decayed, name
+
+
+def test_a_resumed_schedule_is_at_the_same_rate():
+    cfg = config.build({"train": {"steps": 20, "warmup_steps": 3}}).train
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), cfg, torch.device("cpu"))
+    scheduler = build_scheduler(optimizer, cfg)
+    for _ in range(7):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(cfg.lr * lr_factor(7, cfg))
+
+
+def test_bf16_is_autocast_over_fp32_weights(tmp_path):
+    exact, rough = run(tmp_path / "fp32"), run(tmp_path / "bf16", precision="bf16")
+    saved = torch.load(tmp_path / "bf16" / "checkpoint_000004.pt", weights_only=True)
+    moments = [t for state in saved["optimizer"]["state"].values() for t in state.values()]
+    assert {t.dtype for t in [*saved["model"].values(), *moments]} == {torch.float32}
+    assert [row.loss for row in rough] != [row.loss for row in exact], "bf16 was used"
+    assert [row.loss for row in rough] == pytest.approx([row.loss for row in exact], rel=2e-2)
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path):
+    plain = run(tmp_path / "plain")
+    assert [r.loss for r in run(tmp_path / "again", gradient_checkpointing=True)] == [r.loss for r in plain]
+
+
+def test_clipping_bounds_the_gradient_and_zero_switches_it_off(tmp_path):
+    losses = {clip: [r.loss for r in run(tmp_path / str(clip), grad_clip=clip)] for clip in (0.0, 1e9, 1e-3)}
+    assert losses[0.0] == losses[1e9]
+    assert losses[0.0] != losses[1e-3]
+
+
+def test_a_non_finite_loss_stops_and_names_the_step_and_the_last_good_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(NonFiniteError, match=r"step 2: .*stopped before the weights changed;\n.*checkpoint_000001\.pt"):
+        run(out, lr=1e30, save_every=1)
+    assert [file.name for file in out.glob("checkpoint*")] == ["checkpoint_000001.pt"]
+    assert [row.step for row in read_rows(out / "training.csv", TrainRow)] == [1]
+
+
+def test_a_rerun_moves_the_old_run_aside_and_loses_nothing(tmp_path, capsys):
+    out = tmp_path / "run"
+    (out).mkdir()
+    for n in range(8):
+        run(out, steps=1, seed=n)
+        (out / "note.txt").write_text(str(n)) if n == 0 else None
+    aside = sorted(tmp_path.glob("run.*"), key=lambda folder: int(folder.suffix[1:]))
+    assert [folder.name for folder in aside] == [f"run.{n}" for n in range(1, 8)]
+    assert all((folder / "checkpoint_000001.pt").is_file() for folder in aside)
+    assert [(folder / "training.csv").is_file() for folder in aside] == [False, False, *5 * [True]]
+    assert (tmp_path / "run.1" / "note.txt").read_text() == "0", "what is not the run's own stays"
+    assert "run held a run: it is now" in capsys.readouterr().err
+
+
+def test_a_folder_of_other_things_is_left_where_it_is(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("mine")
+    run(tmp_path / "run", steps=1)
+    assert (tmp_path / "run" / "precious.txt").read_text() == "mine"
+    assert not list(tmp_path.glob("run.*"))
+
+
+def test_an_out_dir_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match=r"train\.out_dir = .*file.*: cannot be used"):
+            run(out)
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_kept(tmp_path):
+    resource = pytest.importorskip("resource", reason="needs POSIX limits")
+    out = tmp_path / "run"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(line: str) -> None:
+        if line.startswith("step 0002 | loss"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    try:
+        with pytest.raises(SaveError, match=r"checkpoint_000002\.pt: .* not written: .*\n.*checkpoint_000001\.pt"):
+            train(tiny(out, save_every=1), emit=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in out.iterdir() if "checkpoint" in file.name] == ["checkpoint_000001.pt"]
+
+
+def test_save_writes_the_last_checkpoint_there_too(tmp_path):
+    run(tmp_path / "run", save=str(tmp_path / "kept" / "final.pt"))
+    assert torch.load(tmp_path / "kept" / "final.pt", weights_only=True)["step"] == 4
+    assert (tmp_path / "run" / "checkpoint_000004.pt").is_file()
+    with pytest.raises(UsageError, match=r"train\.save = .* is a directory"):
+        run(tmp_path / "again", save=str(tmp_path))
+
+
+# --- the script ---
+
+
+def showcase(*arguments, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train_showcase.py"), *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def write_config(path: Path, **settings) -> str:
+    path.write_text(json.dumps(tiny(path.parent / "run", **settings).as_dict()))
+    return str(path)
+
+
+def test_the_script_takes_the_documented_flags_and_prints_log_lines_only(tmp_path):
+    path = write_config(tmp_path / "c.yaml")
+    done = showcase(
+        *("--dataset", "synthetic", "--steps", "3", "--seq-len", "24", "--batch-size", "2", "--accum-batches", "2"),
+        *("--ddp", "-1", "--save", "last.pt", "--set", "train.log_every=1", "--set", "train.lr=1e-3"),
+        cwd=tmp_path,
+        CONFIG=path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(" |")[0] for line in done.stdout.splitlines() if "| loss" in line] == [
+        *("step 0001", "step 0002", "step 0003"),
+    ]
+    assert all(line.startswith("step 000") for line in done.stdout.splitlines())
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["seq_len"], metrics["batch_global"], metrics["lr"]) == (3, 24, 4, 1e-3)
+    assert (tmp_path / "last.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "train.stepz=3"], "--set: unknown key train.stepz; did you mean train.steps?"),
+        (
+            ["--dataset", "text", "--local-path", "gone", "--set", "model.vocab_size=256"],
+            "gone: no such file, folder or glob",
+        ),
+    ],
+)
+def test_the_script_tells_a_users_mistake_in_a_line(tmp_path, arguments, said):
+    done = showcase(*arguments, cwd=tmp_path, CONFIG=write_config(tmp_path / "c.yaml"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"train_showcase: {said}")
+    assert len(done.stderr.splitlines()) == 1
