@@ -6,13 +6,14 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from report_factory import MATHS_TXT, MATHS_XML, Run, make_run
+from report_factory import MATHS_TXT, MATHS_XML, STARTED, Run, make_run
 
 from ci import audit, bundle
 from ci.redact import Redactor, secrets_in
@@ -78,9 +79,11 @@ def edited(path: Path, edits: dict[str, Callable[[str], str]], *, signed: bool =
     return repack(path, resign(members) if signed else members)
 
 
-def test_building_twice_gives_the_same_bytes(run: Run) -> None:
+def test_building_twice_gives_the_same_bytes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first = pack(run).read_bytes()
     (run.artifacts / "bench" / "decode.csv").touch()
+    (run.artifacts / "bench" / "decode.csv").chmod(0o600)
+    monkeypatch.setattr("time.time", lambda: 2e9)
     assert pack(run, "again").read_bytes() == first
 
 
@@ -120,6 +123,22 @@ def test_holds_the_evidence_and_lists_checkpoints_by_hash(run: Run) -> None:
     assert writers["artifacts/train_showcase/training.csv"] == "train"
     assert writers["artifacts/junit/correct.maths.xml"] == "maths"
     assert writers["artifacts/tracked/note.txt"] == "tracked"
+
+
+def test_what_is_not_of_this_run_is_left_out_and_named(run: Run) -> None:
+    os.utime(run.write("bench/old.csv", "S\n1\n"), (STARTED - 60, STARTED - 60))
+    os.utime(run.write("tracked/old.txt", "kept"), (STARTED - 60, STARTED - 60))
+    (run.artifacts / "bench" / "link").symlink_to("/etc/hostname")
+    run.write("nsa-readiness-000000000000-cpu-r0.tar.gz", "an earlier one")
+    members = unpack(pack(run))
+    manifest = json.loads(next(data for name, data in members.items() if name.endswith("/manifest.json")))
+    assert {entry["path"]: entry["why"] for entry in manifest["left_out"]} == {
+        "artifacts/bench/link": "a symbolic link",
+        "artifacts/bench/old.csv": "older than this run",
+        "artifacts/nsa-readiness-000000000000-cpu-r0.tar.gz": "a bundle",
+        "artifacts/train_showcase.1/training.csv": "an earlier training run",
+    }
+    assert any(name.endswith("tracked/old.txt") for name in members)
 
 
 def test_a_checkpoint_in_tracked_is_packed(run: Run) -> None:
@@ -216,6 +235,7 @@ def test_ordinary_variables_are_not_secrets() -> None:
         "HOME": "/home/somebody",
         "API_KEY": "short",
         "KEYBOARD": "qwertyuiop",
+        "SSH_AUTH_SOCK": "/dev/null",
     }
     assert secrets_in(plain) == {}
     assert secrets_in({"HF_TOKEN": "abcdefghijk", "aws.secret": "abcdefghijk"}) == {
