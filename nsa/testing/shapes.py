@@ -25,6 +25,18 @@ HEADS_PER_GROUP = (1, 2, 3, 4, 6, 8, 16)
 HEAD_DIMS = ((32, 32), (64, 64), (128, 128), (192, 128))  # (Dk, Dv)
 TILES = (1, 5, 16, 77)
 LONG_LENGTHS = (1000, 4097)
+# (B, T, S, G, R, Dk, Dv) for kernels: every group size and head dim, T != S, lengths around a block, one query.
+KERNEL_SHAPES = (
+    (1, 111, 111, 1, 1, 64, 64),
+    (2, 63, 64, 2, 2, 32, 32),
+    (1, 65, 1000, 2, 3, 64, 64),
+    (2, 1, 999, 2, 6, 64, 64),
+    (1, 300, 300, 1, 4, 128, 128),
+    (1, 257, 2049, 2, 6, 64, 64),
+    (1, 130, 200, 1, 8, 192, 128),
+    (1, 77, 333, 1, 16, 64, 32),
+    (1, 1, 1, 1, 2, 64, 64),
+)
 
 
 def lengths(cfg: NSAConfig) -> tuple[int, ...]:
