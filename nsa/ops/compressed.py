@@ -39,6 +39,7 @@ def compressed_attention_reference(
     lse = scores.logsumexp(-1)
     # Where nothing is visible lse is -inf; 0 there keeps exp(-inf - 0) = 0 and its gradient finite.
     p = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1))
+    p = p / p.sum(-1, keepdim=True).clamp(min=0.5)  # takes back the rounding of lse; a blind row stays 0
     out = torch.einsum("btgrc,bcgd->btgrd", p, v_cmp[:, :C].to(dtype))
     return out.flatten(2, 3).to(q.dtype), lse.flatten(2, 3).detach()
 

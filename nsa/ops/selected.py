@@ -49,6 +49,7 @@ def _gathered(
     scores = scores.masked_fill(~valid.unsqueeze(3), float("-inf"))
     lse = scores.logsumexp(-1)
     p = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1))
+    p = p / p.sum(-1, keepdim=True).clamp(min=0.5)  # takes back the rounding of lse; a blind row stays 0
     out = torch.einsum("btgrs,btgsd->btgrd", p, take(v).to(dtype))
     return out.flatten(2, 3).to(q.dtype), lse.flatten(2, 3), valid.sum((1, 3))
 
