@@ -105,7 +105,7 @@ def needle(cells: Sequence[dict[str, Any]]) -> str:
             alpha = 0.12 + 0.36 * min(max(float(cell["score"]), 0.0), 1.0) if good else 0.6
             axes.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, fc=GOOD if good else BAD, ec="none", alpha=alpha))
             axes.text(
-                x, y, num(float(cell["score"]), 2) + ("" if good else " ✗"), ha="center", va="center", fontsize=8.5
+                x, y, _score(float(cell["score"])) + ("" if good else " ✗"), ha="center", va="center", fontsize=8.5
             )
         axes.set_xlim(-0.5, len(lengths) - 0.5)
         axes.set_ylim(len(depths) - 0.5, -0.5)
@@ -177,6 +177,10 @@ def _name_ends(axes: Axes, ends: list[tuple[str, float, float, str]]) -> None:
             name, (1, height - shift), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
             va="center", color=color, fontweight="bold" if color == TOTAL else "normal", annotation_clip=False,
         )  # fmt: skip
+
+
+def _score(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 10 else num(value, 2)
 
 
 def _tokens(value: float) -> str:
