@@ -51,14 +51,19 @@ STYLE = {
     "legend.frameon": False,
 }
 SIZE = (5.4, 3.3)
+SMOOTH = 11  # rows in the running mean of a loss curve
 LABEL_GAP = 0.075  # of the axes' height, between the names at the lines' ends
 
 
 def loss(rows: Sequence[Row], val: Sequence[Row], label: str) -> str:
-    """Training loss against the step, validation as dots on it."""
+    """Training loss against the step: every row thin, their running mean on top, validation as dots."""
     with matplotlib.rc_context(_style(f"loss-{label}")):
         figure, axes = _axes("step", "loss")
-        axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=TOTAL, lw=2)
+        steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
+        if len(rows) > 2 * SMOOTH:
+            axes.plot(steps, losses, color=TOTAL, lw=0.9, alpha=0.35)
+            losses = _smooth(losses)
+        axes.plot(steps, losses, color=TOTAL, lw=2)
         ends = [("training", rows[-1]["step"], rows[-1]["loss"], TOTAL)]
         if val:
             axes.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o", color=SEL, ms=5.5)
@@ -177,6 +182,13 @@ def _name_ends(axes: Axes, ends: list[tuple[str, float, float, str]]) -> None:
             name, (1, height - shift), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
             va="center", color=color, fontweight="bold" if color == TOTAL else "normal", annotation_clip=False,
         )  # fmt: skip
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred running mean that narrows towards the ends, so that it neither lags nor moves the first and last value."""
+    last = len(values) - 1
+    reach = [min(SMOOTH // 2, i, last - i) for i in range(len(values))]
+    return [sum(values[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
 
 
 def _score(value: float) -> str:
