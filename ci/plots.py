@@ -185,7 +185,7 @@ def _name_ends(axes: Axes, ends: list[tuple[str, float, float, str]]) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Centred running mean that narrows towards the ends, so that it neither lags nor moves the first and last value."""
+    """Centred running mean, narrower towards the ends: it does not lag, and keeps the first and last value."""
     last = len(values) - 1
     reach = [min(SMOOTH // 2, i, last - i) for i in range(len(values))]
     return [sum(values[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]

@@ -86,4 +86,5 @@ def _forms(value: str) -> Iterable[bytes]:
 
 
 def _path_pattern(path: Path) -> re.Pattern[bytes]:
-    return re.compile(rb"(?<![\w.-])" + re.escape(str(path).encode()) + rb"(?![\w-])")
+    """The path as a whole; in JSON the letter of an escaped line break may stand before it."""
+    return re.compile(rb"(?:(?<![\w.-])|(?<=\\[nrt]))" + re.escape(str(path).encode()) + rb"(?![\w-])")

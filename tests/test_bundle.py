@@ -247,6 +247,7 @@ def test_ordinary_variables_are_not_secrets() -> None:
 def test_a_path_is_masked_only_as_a_whole() -> None:
     clean = Redactor({}, root=Path("/srv/box"), home=Path("/home/me")).clean
     assert clean("x", b"/srv/box/a /srv/boxes/a /home/me, x/home/me") == b"./a /srv/boxes/a ~, x/home/me"
+    assert clean("x.json", json.dumps("in\n/srv/box/a").encode()) == json.dumps("in\n./a").encode()
 
 
 def flip(path: Path) -> Path:
