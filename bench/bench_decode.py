@@ -40,7 +40,7 @@ def lengths(text: str) -> list[int]:
     return sorted({cli.at_least_one(part) for part in text.split(",")})
 
 
-def parse() -> tuple[argparse.Namespace, ModelConfig]:
+def parse() -> tuple[argparse.Namespace, ModelConfig, CsvLog | None]:
     parser = cli.Parser(prog="bench_decode", description="Time one decode step against context length.")
     cli.add_layer_flags(parser, **DEFAULTS, n_sel=16, w=512)
     parser.add_argument("--S_list", type=lengths, default="128,256,512,1024", help="context lengths (%(default)s)")
@@ -50,9 +50,12 @@ def parse() -> tuple[argparse.Namespace, ModelConfig]:
     args = parser.parse_args()
     if args.warmup < 0:
         parser.error(f"argument --warmup: {args.warmup} is below 0")
-    if args.csv is not None and args.csv.is_dir():
-        parser.error(f"argument --csv: {args.csv} is a folder; name a file in it")
-    return args, cli.layer_config(parser, args)
+    cfg = cli.layer_config(parser, args)
+    try:
+        log = CsvLog(args.csv, DecodeRow) if args.csv else None
+    except OSError as error:
+        parser.error(f"argument --csv: cannot write {args.csv} ({error.strerror}); name another file")
+    return args, cfg, log
 
 
 class Dense:
@@ -187,15 +190,13 @@ def render(rows: list[DecodeRow]) -> str:
 
 
 @torch.inference_mode()
-def main() -> int:
-    args, cfg = parse()
+def measure_all(
+    args: argparse.Namespace, cfg: ModelConfig, device: torch.device, dtype: torch.dtype, log: CsvLog | None
+) -> list[DecodeRow]:
+    """A row for every length, each written to the log as soon as it is measured."""
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    longest = max(args.S_list)
-    sparse = Sparse(cfg, args.B, longest, device, dtype)
-    dense = Dense(cfg, args.B, longest, device, dtype)
-    log = CsvLog(args.csv, DecodeRow) if args.csv else None
+    sparse = Sparse(cfg, args.B, max(args.S_list), device, dtype)
+    dense = Dense(cfg, args.B, max(args.S_list), device, dtype)
     rows = []
     with measure.Progress("decode", len(args.S_list), "lengths") as progress:
         for S in args.S_list:
@@ -203,9 +204,21 @@ def main() -> int:
             if log:
                 log.write(rows[-1])
             progress.advance(1)
+    return rows
+
+
+def main() -> int:
+    args, cfg, log = parse()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with measure.memory_errors("bench_decode", "--S_list or --B", device):
+        rows = measure_all(args, cfg, device, dtype, log)
     print(render(rows))
     print(json.dumps({"bench": "decode", **setting(args, device, dtype), "rows": [asdict(row) for row in rows]}))
-    return 0
+    wrong = [row.S for row in rows if row.reads_actual != row.reads_expected]
+    if wrong:
+        print(f"bench_decode: measured reads differ from the expected ones at S = {wrong}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def setting(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, object]:

@@ -67,7 +67,8 @@ def main() -> int:
     except ConfigError as error:
         parser.error(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures = prefill(cfg, args.S, args.prefill_tile, device)
+    with measure.memory_errors("bench_prefill", "--S or --prefill_tile", device):
+        figures = prefill(cfg, args.S, args.prefill_tile, device)
     for name, value in figures.items():
         print(f"{name}: {value}")
     print(json.dumps({"bench": "prefill", **figures}))

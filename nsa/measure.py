@@ -10,7 +10,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -67,6 +68,23 @@ def refused_allocation(error: BaseException) -> str | None:
 def in_gib(n_bytes: int) -> str:
     """Bytes as GiB with two decimals."""
     return f"{n_bytes / 2**30:.2f} GiB"
+
+
+@contextmanager
+def memory_errors(prog: str, lower: str, device: torch.device) -> Iterator[None]:
+    """End the script with code 1 and one line where memory is refused: how much was asked for, and what to `lower`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        amount = refused_allocation(error)
+        if amount is None:
+            raise
+        print(
+            f"{prog}: out of memory: {amount} were asked for and refused, with {in_gib(peak_memory(device))} in use; "
+            f"lower {lower}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 class Progress:

@@ -78,18 +78,8 @@ def main() -> int:
     args, cfg = parse()
     routing.override(use_fa2=bool(args.use_fa2))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with measure.memory_errors("demo_64k", "--S, --B or --prefill_tile", device):
         ms, found = prefill(cfg, args, device)
-    except (RuntimeError, MemoryError) as error:
-        amount = measure.refused_allocation(error)
-        if amount is None:
-            raise
-        print(
-            f"demo_64k: out of memory: {amount} were asked for and refused, with "
-            f"{measure.in_gib(measure.peak_memory(device))} in use; lower --S, --B or --prefill_tile",
-            file=sys.stderr,
-        )
-        return 1
     expected = reads_range(0, args.S, cfg.nsa)
     print(summary(args, device, ms, found, expected))
     if found != expected:

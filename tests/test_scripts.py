@@ -138,12 +138,15 @@ def test_demo_refuses_a_bad_flag_in_one_line(args, named, refuses):
     refuses("scripts/demo_64k.py", args, named)
 
 
-def test_demo_says_how_much_memory_was_refused_and_what_to_lower():
-    result = demo("--S", 10**9, limit_bytes=8 * 2**30)
+def refused_memory(result, lower):
     assert (result.returncode, result.stdout) == (1, "")
-    assert re.search(r"\d+\.\d\d GiB", result.stderr)
-    assert "lower --S" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert re.search(r"\d+\.\d\d GiB were asked for", result.stderr)
+    assert f"lower {lower}" in result.stderr
+
+
+def test_demo_says_how_much_memory_was_refused_and_what_to_lower():
+    refused_memory(demo("--S", 10**9, "--use_fa2", "0", limit_bytes=8 * 2**30), "--S")
 
 
 # bench_decode
@@ -206,6 +209,10 @@ def test_decode_ends_with_a_line_of_json_that_repeats_the_csv(decode_bench):
 )
 def test_decode_refuses_a_bad_flag_in_one_line(args, named, refuses):
     refuses("bench/bench_decode.py", args, named)
+
+
+def test_decode_says_how_much_memory_was_refused_and_what_to_lower():
+    refused_memory(run("bench/bench_decode.py", "--S_list", 10**9, limit_bytes=8 * 2**30), "--S_list")
 
 
 # bench_prefill
