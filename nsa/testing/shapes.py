@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,14 +113,18 @@ def pairwise(**axes: Sequence[Any]) -> list[dict[str, Any]]:
         for x in range(len(axes[names[a]]))
         for y in range(len(axes[names[b]]))
     }
-    cases = []
+    cases: list[dict[str, Any]] = []
+    used: Counter[tuple[int, int]] = Counter()
     while todo:
         a, x, b, y = min(todo)
         case: dict[int, int] = {a: x, b: y}
         for axis in range(len(names)):
             if axis not in case:
-                case[axis] = max(range(len(axes[names[axis]])), key=lambda value: _gain(case, axis, value, todo))
+                values = range(len(axes[names[axis]]))
+                # Where no new pair is to be had, the value seen least.
+                case[axis] = max(values, key=lambda v: (_gain(case, axis, v, todo), -used[axis, v]))
         todo -= {(p, case[p], q, case[q]) for p, q in itertools.combinations(range(len(names)), 2)}
+        used.update(case.items())
         cases.append({name: axes[name][case[index]] for index, name in enumerate(names)})
     return cases
 

@@ -47,6 +47,7 @@ def _tiled(layer, x, tiles):
 
 
 def _cases():
+    yield pytest.param({"R": 3, "pattern": "small", "dims": (8, 6), "B": 1, "rope_scale": 2.0}, 65, id="plain")
     cases = pairwise(
         length=range(8),
         R=shapes.HEADS_PER_GROUP,

@@ -19,7 +19,7 @@ from nsa.testing import (
 CFG = NSAConfig(n_sel=4, w=64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 every_shape = pytest.mark.parametrize(
-    "shape", (*shapes.KERNEL_SHAPES, shapes.ONE_TOKEN), ids=lambda s: "-".join(map(str, s))
+    "shape", [*shapes.KERNEL_SHAPES, shapes.ONE_TOKEN], ids=lambda s: "-".join(map(str, s))
 )
 
 
