@@ -48,6 +48,8 @@ def prefill(cfg: ModelConfig, args: argparse.Namespace, device: torch.device) ->
     def step(x: torch.Tensor) -> None:
         attention(x, Rope.of(cfg, layer.length, x.shape[1], device, dtype), layer)
 
+    # The first call of an op loads torch's compiler front end (a second or so), which is no part of a prefill.
+    attention(torch.zeros(1, 1, cfg.dim, device=device, dtype=dtype), Rope.of(cfg, 0, 1, device, dtype))
     spent = 0.0
     with measure.Progress("prefill", args.S, "tokens") as progress:
         while layer.length < args.S:
