@@ -13,7 +13,7 @@ from nsa.train import config
 from nsa.train.corpus import find_files, load_corpus, open_tokenizer
 from nsa.train.data import open_data
 from nsa.train.dist import World
-from nsa.train.errors import CheckpointError, ConfigError, DataError
+from nsa.train.errors import CheckpointError, ConfigError, DataError, TrainError
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU, False)
@@ -276,6 +276,22 @@ def test_a_stream_split_over_other_ranks_is_refused(shards, hub):
     state = a_stream(shards, hub, World(0, 2, CPU, True)).state_dict()
     with pytest.raises(CheckpointError, match="was split over 2 ranks and this run has 1"):
         a_stream(shards, hub).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.parquet", "this is not parquet", "not readable as parquet: "),
+        ("a.jsonl", "", "1 files and nothing in them"),
+        ("a.jsonl", '{"body": "x", "id": 3}\n', r"no text under 'text'; set data\.text_key to one of: body$"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', "the stream broke off"),
+    ],
+)
+def test_a_stream_that_cannot_be_read_is_named(tmp_path, hub, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TrainError, match=said) as error:
+        a_stream(tmp_path, hub).batch()
+    assert str(error.value).startswith(str(tmp_path))
 
 
 def test_a_stream_with_everything_held_out_says_so(shards, hub):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -223,6 +224,23 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_kept(tmp_path):
     assert [file.name for file in out.iterdir() if "checkpoint" in file.name] == ["checkpoint_000001.pt"]
 
 
+def test_a_log_that_cannot_be_written_names_the_last_checkpoint(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    out = tmp_path / "run"
+
+    def fill(line: str) -> None:
+        if line.startswith("step 0002 | checkpoint"):
+            os.dup2(os.open("/dev/full", os.O_WRONLY), _descriptor_of(out / "training.csv"))
+
+    with pytest.raises(SaveError, match=r"run: the log cannot be written: No space left on device;\n.*000002\.pt"):
+        train(tiny(out, save_every=2), emit=fill)
+
+
+def _descriptor_of(path: Path) -> int:
+    return next(int(link.name) for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(path))
+
+
 def test_save_writes_the_last_checkpoint_there_too(tmp_path):
     run(tmp_path / "run", save=str(tmp_path / "kept" / "final.pt"))
     assert torch.load(tmp_path / "kept" / "final.pt", weights_only=True)["step"] == 4
@@ -268,19 +286,48 @@ def test_the_script_takes_the_documented_flags_and_prints_log_lines_only(tmp_pat
     assert (tmp_path / "last.pt").is_file()
 
 
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """The script's main, in this process and with a config of its own."""
+    monkeypatch.setenv("CONFIG", write_config(tmp_path / "c.yaml"))
+    monkeypatch.chdir(tmp_path)
+    return runpy.run_path(str(ROOT / "scripts" / "train_showcase.py"), run_name="script")["main"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--set", "train.stepz=3"], "--set: unknown key train.stepz; did you mean train.steps?"),
+        (["--resume", "gone.pt"], "gone.pt: no such checkpoint"),
+        (["--steps", "0"], "--steps: train.steps = 0: input should be greater than or equal to 1"),
+        (["--set", "train.out_dir=c.yaml"], "train.out_dir = c.yaml: cannot be used"),
+        (["--ddp", "1"], "runtime.ddp = 1 but RANK is not set"),
         (
             ["--dataset", "text", "--local-path", "gone", "--set", "model.vocab_size=256"],
             "gone: no such file, folder or glob",
         ),
     ],
 )
-def test_the_script_tells_a_users_mistake_in_a_line(tmp_path, arguments, said):
-    done = showcase(*arguments, cwd=tmp_path, CONFIG=write_config(tmp_path / "c.yaml"))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith(f"train_showcase: {said}")
-    assert len(done.stderr.splitlines()) == 1
+def test_the_script_tells_a_users_mistake_in_a_line(script, capsys, arguments, said):
+    assert script(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"train_showcase: {said}")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_mistake_is_told_by_rank_0_alone(script, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert script(["--set", "train.stepz=3"]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_non_finite_loss_makes_the_script_fail(script, capsys):
+    assert script(["--set", "train.lr=1e30"]) == 1
+    assert "train_showcase: step 2: " in capsys.readouterr().err
+
+
+def test_a_missing_config_is_named(script, capsys, monkeypatch):
+    monkeypatch.setenv("CONFIG", "none.yaml")
+    assert script([]) == 2
+    assert "none.yaml: no such config file; set CONFIG to one" in capsys.readouterr().err

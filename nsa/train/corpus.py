@@ -108,7 +108,12 @@ def _parquet(file: Path, text_key: str) -> Iterator[bytes]:
             names = ", ".join(table.schema_arrow.names)
             raise DataError(f"{file}: no column {text_key!r}; set data.text_key to one of {names}")
         for batch in table.iter_batches(columns=[text_key]):
-            yield from (text.encode() for text in batch.column(0).to_pylist() if text)
+            for text in batch.column(0).to_pylist():
+                if text is not None and not isinstance(text, str):
+                    raise DataError(
+                        f"{file}: column {text_key!r} holds {type(text).__name__}, not text; set data.text_key"
+                    )
+                yield (text or "").encode()
     except pa.ArrowInvalid as error:
         raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 

@@ -18,16 +18,12 @@ import torch
 from nsa.train.config import TrainConfig
 from nsa.train.corpus import RECORD_SUFFIXES, Corpus, Tokenizer, find_files, load_corpus, open_tokenizer
 from nsa.train.dist import World, slice_of
-from nsa.train.errors import CheckpointError, DataError
+from nsa.train.errors import CheckpointError, DataError, LostDataError
 
 
 class Source(Protocol):
-    """Where batches come from. `rows` is this rank's share of a global batch; windows are int64 [rows, seq_len + 1].
+    """Where batches come from: this rank's windows of the next global batch, int64 [rows / ranks, seq_len + 1]."""
 
-    `shared` says that the position is the same on every rank, whatever their number.
-    """
-
-    shared: bool
     summary: dict[str, Any]
 
     def batch(self) -> torch.Tensor: ...
@@ -47,8 +43,6 @@ def _generator(*parts: object) -> torch.Generator:
 
 class _Numbered:
     """Windows by number: `window(i)` for training and `held_out(i)` for validation are the subclass's."""
-
-    shared = True
 
     def __init__(self, rows: int, mine: range) -> None:
         self.rows, self.mine, self.next = rows, mine, 0
@@ -159,8 +153,6 @@ class StreamWindows:
     No shuffle buffer: what it holds is lost when a stream resumes, and these datasets come shuffled.
     """
 
-    shared = False
-
     def __init__(
         self, stream: Any, tokenizer: Tokenizer, cfg: TrainConfig, world: World, rows: int, mine: range, name: str
     ) -> None:
@@ -168,7 +160,7 @@ class StreamWindows:
 
         self.tokenizer, self.text_key, self.seq_len, self.name = tokenizer, cfg.data.text_key, cfg.train.seq_len, name
         self.mine, self.rows = mine, rows
-        held = [self._text(record) for record in itertools.islice(stream, cfg.data.val_docs)]
+        held = list(self._texts(itertools.islice(stream, cfg.data.val_docs)))
         self._held = {hashlib.sha256(text).digest() for text in held}
         self._val = self._flat(held)
         self._stream = split_dataset_by_node(stream, rank=world.rank, world_size=world.size) if world.ddp else stream
@@ -177,12 +169,24 @@ class StreamWindows:
         self._rank, self._size = world.rank, world.size
         self.summary = {"documents_val": len(held), "tokens_val": len(self._val)}
 
-    def _text(self, record: Any) -> bytes:
-        text = record.get(self.text_key)
-        if not isinstance(text, str):
-            known = ", ".join(map(str, record))
-            raise DataError(f"{self.name}: no text under {self.text_key!r}; set data.text_key to one of {known}")
-        return text.encode()
+    def _texts(self, records: Iterator[Any]) -> Iterator[bytes]:
+        """The text of each record. Raises DataError if there is none, LostDataError if the stream breaks off."""
+        try:
+            for record in records:
+                text = record.get(self.text_key)
+                if not isinstance(text, str):
+                    known = (
+                        ", ".join(key for key, value in record.items() if isinstance(value, str)) or "none holds text"
+                    )
+                    raise DataError(
+                        f"{self.name}: no text under {self.text_key!r}; set data.text_key to one of: {known}"
+                    )
+                yield text.encode()
+        except _stream_errors() as error:
+            said = str(error).partition("\n")[0]
+            raise LostDataError(
+                f"{self.name}: the stream broke off ({type(error).__name__}: {said}); mend it and --resume the run"
+            ) from error
 
     def _flat(self, documents: list[bytes]) -> list[int]:
         return [i for text in documents for i in (*self.tokenizer.encode(text), self.tokenizer.end)]
@@ -196,8 +200,7 @@ class StreamWindows:
     def _next_document(self) -> bytes:
         """The next document that is not held out; a stream that ends starts again."""
         for _ in range(2):
-            for record in self._records:
-                text = self._text(record)
+            for text in self._texts(self._records):
                 if text.strip() and hashlib.sha256(text).digest() not in self._held:
                     return text
             self._begin(self._epoch + 1)
@@ -237,6 +240,14 @@ class StreamWindows:
         self._left = list(state["left"])
 
 
+def _stream_errors() -> tuple[type[Exception], ...]:
+    """What reading a stream raises when the file or the network is at fault."""
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    return (OSError, DatasetsError, ArrowException)
+
+
 def _open_stream(cfg: TrainConfig) -> tuple[Any, str]:
     """The Hugging Face stream of a fineweb dataset, and what to call it in an error."""
     try:
@@ -253,8 +264,16 @@ def _open_stream(cfg: TrainConfig) -> tuple[Any, str]:
         if len(kinds) > 1:
             raise DataError(f"{cfg.data.path}: holds both .parquet and .jsonl; pass a glob that takes one kind")
         reader = "json" if kinds == {".jsonl"} else "parquet"
-        names = [str(file) for file in files]
-        return datasets.load_dataset(reader, data_files=names, split="train", streaming=True), cfg.data.path
+        names = [str(file) for file in files if file.stat().st_size]
+        if not names:
+            raise DataError(
+                f"{cfg.data.path}: {len(files)} files and nothing in them; pass --local-path with some text"
+            )
+        try:
+            return datasets.load_dataset(reader, data_files=names, split="train", streaming=True), cfg.data.path
+        except _stream_errors() as error:
+            said = str(error).partition("\n")[0]
+            raise DataError(f"{cfg.data.path}: not readable as {reader}: {said}; mend or remove the file") from error
     name = f"{cfg.data.hub_name}/{cfg.data.hub_subset}"
     try:
         stream = datasets.load_dataset(cfg.data.hub_name, name=cfg.data.hub_subset, split="train", streaming=True)

@@ -27,6 +27,10 @@ class CheckpointError(UsageError):
     """A checkpoint is missing, damaged, or belongs to another run; the message names the last good one."""
 
 
+class LostDataError(TrainError):
+    """A stream of data broke off."""
+
+
 class SaveError(TrainError):
     """A checkpoint or a log could not be written; the message names the last good checkpoint."""
 

@@ -27,7 +27,7 @@ from nsa.train.config import TrainConfig
 from nsa.train.data import Source, open_data, seed_of
 from nsa.train.errors import CheckpointError, NonFiniteError, UsageError
 from nsa.train.optim import build_optimizer, build_scheduler
-from nsa.train.telemetry import RunLog, environment, peak_memory, prepare, say, write_json
+from nsa.train.telemetry import RunLog, environment, peak_memory, prepare, say
 
 # A signal again within this time is the same one: a launcher forwards what the terminal already sent to the group.
 _SAME_SIGNAL_S = 0.5
@@ -117,8 +117,8 @@ class _Run:
             raise UsageError(f"train.save = {cfg.train.save}: is a directory; name the file to write")
         self.source: Source = open_data(cfg, world)
         self._build()
-        resumed = self._resume()
-        world.on_main(lambda: prepare(self.out_dir, resumed))
+        self.resumed = self._resume()
+        world.on_main(lambda: prepare(self.out_dir, self.resumed))
 
     def _build(self) -> None:
         """The same weights on every rank, then generators that differ by rank."""
@@ -162,7 +162,7 @@ class _Run:
         try:
             self._write_environment()
             self.log.heartbeat("start", self.step)
-            path, signum = checkpoint.path_of(self.out_dir, self.step), 0
+            path, signum = self.resumed[0] if self.resumed else self.out_dir, 0
             since, saved = _Meter(), -1
             while self.step < train.steps and not signum:
                 row, norm, signum = self._train_step()
@@ -177,7 +177,7 @@ class _Run:
                 if last or (train.save_every and self.step % train.save_every == 0):
                     path, saved = self._save(checkpoint.path_of(self.out_dir, self.step)), self.step
             if train.save is not None and saved == self.step:
-                path = self._save(Path(train.save))
+                self._save(Path(train.save))
             self._write_metrics(path, signum)
             self.log.heartbeat("end", self.step)
         finally:
@@ -283,14 +283,11 @@ class _Run:
         return path
 
     def _write_environment(self) -> None:
-        if self.world.is_main:
-            parameters = sum(p.numel() for p in self.model.parameters())
-            facts = {**environment(self.world), "parameters": parameters, "data": self.source.summary}
-            write_json(self.out_dir / "env.json", {**facts, "config": self.cfg.as_dict()})
+        parameters = sum(p.numel() for p in self.model.parameters())
+        facts = {**environment(self.world), "parameters": parameters, "data": self.source.summary}
+        self.log.document("env.json", {**facts, "config": self.cfg.as_dict()})
 
     def _write_metrics(self, path: Path, signum: int) -> None:
-        if not self.world.is_main:
-            return
         train, history = self.cfg.train, self.history
         metrics = {
             "device": str(self.world.device),
@@ -309,7 +306,7 @@ class _Run:
             "checkpoint": str(path),
             "ended": signal.Signals(signum).name if signum else "finished",
         }
-        write_json(self.out_dir / "metrics.json", metrics)
+        self.log.document("metrics.json", metrics)
 
 
 class _Meter:

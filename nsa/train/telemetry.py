@@ -12,7 +12,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,17 @@ from tqdm import tqdm
 from nsa.records import CsvLog, TrainRow, ValRow, header
 from nsa.train import checkpoint
 from nsa.train.dist import World
-from nsa.train.errors import UsageError
+from nsa.train.errors import SaveError, UsageError
 
 KEPT_RUNS = 5
+# Between log lines that are far apart a rank still says that it is alive.
+QUIET_S = 30.0
 _RUN_FILES = ("training.csv", "val.csv", "metrics.json", "env.json")
 
 
 def say(text: str) -> None:
     """To the person at the terminal: stdout is the run's deliverable."""
     tqdm.write(text, file=sys.stderr)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, for whoever reads while the run goes on."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -132,22 +128,44 @@ def _set_newer_aside(out_dir: Path, step: int) -> None:
 
 
 class RunLog:
-    """Rows, curves and lines as the run goes; on ranks other than 0 only the heartbeat."""
+    """Rows, curves and lines as the run goes; on ranks other than 0 only the heartbeat.
+
+    Every method that writes raises SaveError, naming the last good checkpoint, if the disk refuses.
+    """
 
     def __init__(self, out_dir: Path, world: World, steps: int, start: int, emit: Callable[[str], None]) -> None:
-        self.out_dir, self.world, self.emit, self.steps = out_dir, world, emit, steps
-        self._heartbeat = (out_dir / f"heartbeat_rank{world.rank}.jsonl").open("a")
+        self.out_dir, self.world, self.emit = out_dir, world, emit
+        self._open = ExitStack()
+        self._heartbeat = self._open.enter_context((out_dir / f"heartbeat_rank{world.rank}.jsonl").open("a"))
+        self._beat_at = time.monotonic()
         self._val: CsvLog | None = None
         self._bar: tqdm[Any] | None = None
         if world.is_main:
-            self._rows = CsvLog(out_dir / "training.csv", TrainRow, append=True)
+            self._rows = self._open.enter_context(closing(CsvLog(out_dir / "training.csv", TrainRow, append=True)))
             self._curves = _tensorboard(out_dir / "tb", start)
+            if self._curves is not None:
+                self._open.enter_context(closing(self._curves))
             if sys.stderr.isatty():
-                self._bar = tqdm(total=steps, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True)
+                bar = tqdm(total=steps, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True)
+                self._bar = self._open.enter_context(closing(bar))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            good = checkpoint.last_good(self.out_dir)
+            kept = f"go on from {good} with --resume" if good else "start again"
+            raise SaveError(
+                f"{self.out_dir}: the log cannot be written: {error.strerror or error};\nmake room, then {kept}"
+            ) from error
 
     def row(self, row: TrainRow) -> None:
+        if time.monotonic() - self._beat_at > QUIET_S:
+            self.heartbeat("step", row.step)
         if self.world.is_main:
-            self._rows.write(row)
+            with self._writing():
+                self._rows.write(row)
             if self._bar is not None:
                 self._bar.update()
                 self._bar.set_postfix(loss=f"{row.loss:.3f}", refresh=False)
@@ -171,8 +189,11 @@ class RunLog:
     def validation(self, row: ValRow) -> None:
         self.heartbeat("eval", row.step)
         if self.world.is_main:
-            self._val = self._val or CsvLog(self.out_dir / "val.csv", ValRow, append=True)
-            self._val.write(row)
+            with self._writing():
+                if self._val is None:
+                    log = CsvLog(self.out_dir / "val.csv", ValRow, append=True)
+                    self._val = self._open.enter_context(closing(log))
+                self._val.write(row)
             self._print(f"step {row.step:04d} | val_loss {row.val_loss:.4f} | ppl {row.ppl:.2f}")
             if self._curves is not None:
                 self._curves.add_scalar("val/loss", row.val_loss, row.step)
@@ -182,30 +203,34 @@ class RunLog:
         if self.world.is_main:
             self._print(f"step {step:04d} | checkpoint {path}")
 
+    def document(self, name: str, value: dict[str, Any]) -> None:
+        """A JSON file of rank 0, whole or not at all, for whoever reads while the run goes on."""
+        if self.world.is_main:
+            partial = self.out_dir / f".{name}.partial"
+            with self._writing():
+                partial.write_text(json.dumps(value, indent=2) + "\n")
+                os.replace(partial, self.out_dir / name)
+
     def heartbeat(self, event: str, step: int, **more: float) -> None:
         """A line that says this rank is alive; a file that stops growing names the rank that hangs."""
         beat = {"time": round(time.time(), 3), "rank": self.world.rank, "event": event, "step": step, **more}
         beat["memory"] = peak_memory(self.world.device)
-        self._heartbeat.write(json.dumps(beat) + "\n")
-        self._heartbeat.flush()
+        with self._writing():
+            self._heartbeat.write(json.dumps(beat) + "\n")
+            self._heartbeat.flush()
+        self._beat_at = time.monotonic()
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.clear()
-        self.emit(text)
+        with self._writing():
+            self.emit(text)
         if self._bar is not None:
             self._bar.refresh()
 
     def close(self) -> None:
-        self._heartbeat.close()
-        if self.world.is_main:
-            self._rows.close()
-            if self._val is not None:
-                self._val.close()
-            if self._curves is not None:
-                self._curves.close()
-            if self._bar is not None:
-                self._bar.close()
+        with self._writing():
+            self._open.close()
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
