@@ -81,7 +81,7 @@ def prepare(venv: Path, requirements: Path) -> Path:
             return python
         if not _works(python):
             _step(f"making .venv with Python {sys.version_info[0]}.{sys.version_info[1]}", _venv_command(venv))
-        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--no-input", "-q"]
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--no-input", "--no-compile", "-q"]
         _step(f"installing {requirements.name} (once, a few minutes)", [*pip, "-r", str(requirements)])
         stamp.write_text(want)
     return python

@@ -212,5 +212,5 @@ def _selftest(report: dict[str, Any]) -> Iterator[Check]:
             yield Check("selftest", "ok", f"{device}: matmul and Triton add are right")
     if report.get("flash_attn") not in (None, "", "not installed"):
         yield Check("flash-attn", "fail", f"installed and does not import: {report['flash_attn']}", CONFIGURATION)
-    elif report:
-        yield Check("flash-attn", "ok" if not report["flash_attn"] else "note", report["flash_attn"] or "imports")
+    elif "flash_attn" in report:
+        yield Check("flash-attn", "note" if report["flash_attn"] else "ok", report["flash_attn"] or "imports")

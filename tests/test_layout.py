@@ -1,0 +1,137 @@
+"""Who may import whom, and who reads the environment: the layering of the tree, stated over its syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("nsa", "ci", "scripts", "bench", "tests")
+FILES = [*sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py")), ROOT / "noxfile.py"]
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse((ROOT / name).read_text(), name)
+
+
+def imports(name: str, *, top_level: bool = False) -> set[str]:
+    """Dotted names a file imports; `from a import b` counts as a.b. top_level leaves imports inside functions out."""
+    found: set[str] = set()
+    nodes = _outside_functions(tree(name)) if top_level else ast.walk(tree(name))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            assert node.level == 0, f"{name}: relative import"
+    return found
+
+
+def _outside_functions(root: ast.AST):
+    for child in ast.iter_child_nodes(root):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        yield child
+        yield from _outside_functions(child)
+
+
+def within(name: str, *packages: str) -> set[str]:
+    return {i for i in imports(name) if any(i == p or i.startswith(p + ".") for p in packages)}
+
+
+def in_folder(*folders: str) -> list[str]:
+    return [n for n in NAMES if any(n.startswith(folder + "/") for folder in folders)]
+
+
+HARNESS = [n for n in in_folder("ci") if not n.startswith("ci/probes/")] + ["noxfile.py"]
+LIBRARY = [n for n in in_folder("nsa") if not n.startswith("nsa/tests/")]
+
+
+@pytest.mark.parametrize("name", HARNESS)
+def test_the_harness_drives_the_library_from_outside(name):
+    assert not within(name, "nsa", "torch", "triton", "numpy")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_imports_tests_or_private_harness_parts(name):
+    if not name.startswith(("tests/", "nsa/tests/")):
+        assert not within(name, "tests", "nsa.tests")
+    if not name.startswith(("ci/", "tests/")):
+        assert not within(name, "ci")
+
+
+@pytest.mark.parametrize("name", in_folder("nsa/kernels"))
+def test_kernels_know_neither_ops_nor_configuration(name):
+    assert not within(name, "nsa.ops", "nsa.config", "nsa.attention", "nsa.model", "nsa.cache", "nsa.train")
+
+
+@pytest.mark.parametrize("name", in_folder("nsa/ops"))
+def test_ops_import_kernels_only_when_a_route_asks_for_them(name):
+    eager = imports(name, top_level=True)
+    assert not {i for i in eager if i.startswith(("nsa.kernels", "triton", "flash_attn"))}
+    assert not within(name, "nsa.attention", "nsa.model", "nsa.train", "nsa.cache")
+
+
+def test_layers_point_downwards():
+    below = {
+        "nsa/config.py": (),
+        "nsa/blocks.py": ("nsa.config",),
+        "nsa/records.py": (),
+        "nsa/routing.py": ("nsa.config", "nsa.kernels", "nsa.ops"),
+    }
+    for name, allowed in below.items():
+        used = {i for i in within(name, "nsa") if not any(i == a or i.startswith(a + ".") for a in allowed)}
+        assert not used, name
+    for name in ("nsa/config.py", "nsa/blocks.py", "nsa/records.py"):
+        assert not within(name, "torch"), name
+    for name in LIBRARY:
+        if not name.startswith("nsa/train/"):
+            assert not within(name, "nsa.train"), name
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_library_needs_torch_alone_at_import(name):
+    if name.startswith(("nsa/train/", "nsa/kernels/")):
+        return  # extras of their own; imported only where they are used
+    optional = ("triton", "flash_attn", "transformers", "datasets", "pydantic", "yaml", "tqdm", "matplotlib", "numpy")
+    assert not {i for i in imports(name, top_level=True) if i.split(".")[0] in optional}
+
+
+READERS = ("nsa/routing.py", "nsa/train/dist.py", "scripts/train_showcase.py")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(("tests/", "nsa/tests/", "ci/"))])
+def test_the_environment_is_read_in_its_few_places(name):
+    if name in READERS:
+        return
+    for node in ast.walk(tree(name)):
+        used = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
+        assert not used, f"{name}:{getattr(node, 'lineno', '?')} reads the environment; flags have one home"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_failure_is_swallowed(name):
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            broad = node.type is None or caught in ("Exception", "BaseException")
+            reraised = any(isinstance(inner, ast.Raise) and inner.exc is None for inner in ast.walk(node))
+            assert not broad or reraised, f"{name}:{node.lineno} catches {caught}"
+
+
+@pytest.mark.parametrize("name", in_folder("nsa/tests", "tests"))
+def test_test_modules_import_only_what_every_lane_has(name):
+    helpers = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    allowed = {*sys.stdlib_module_names, *helpers, "pytest", "torch", "nsa", "ci"}
+    foreign = {i.split(".")[0] for i in imports(name, top_level=True)} - allowed
+    assert not foreign, "import optional packages inside a fixture, so that a lane without them skips by test"
+
+
+def test_the_syntax_tests_see_what_they_forbid():
+    planted = ast.parse("import torch\ndef f():\n    import triton\n")
+    names = {a.name for n in _outside_functions(planted) if isinstance(n, ast.Import) for a in n.names}
+    assert names == {"torch"}
