@@ -115,6 +115,7 @@ def has_kernel(op: str) -> bool:
     return importlib.util.find_spec(f"nsa.kernels.{op}") is not None
 
 
+@cache  # looked up on every call of an op, and a search of sys.path costs as much as a decode step
 def triton_version() -> str:
     """Installed Triton, or "<none>"."""
     try:

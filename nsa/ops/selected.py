@@ -36,13 +36,12 @@ def _gathered(
     tokens = (blocks.long().unsqueeze(-1) * l_sel + inside).flatten(3)  # [B,T,G,N*l']
     valid = (blocks >= 0).unsqueeze(-1).expand(-1, -1, -1, -1, l_sel).flatten(3) & (tokens <= t)
 
-    index = tokens.clamp(0, S - 1)
+    index = tokens.clamp(0, S - 1) * G + torch.arange(G, device=q.device)[:, None]
 
-    def take(x: torch.Tensor) -> torch.Tensor:  # [B,S,G,D] -> [B,T,G,N*l',D]; index_select's backward is repeatable
-        rows = x[:, :S].transpose(1, 2).reshape(B * G * S, -1)
-        base = (torch.arange(B, device=q.device)[:, None] * G + torch.arange(G, device=q.device)) * S
-        flat = index + base[:, None, :, None]
-        return rows.index_select(0, flat.flatten()).view(B, T, G, N * l_sel, -1)
+    def take(x: torch.Tensor) -> torch.Tensor:
+        """[B,S,G,D] -> [B,T,G,N*l',D]; index_select's backward is repeatable, and by batch row it copies no cache."""
+        rows = [one[:S].reshape(S * G, -1).index_select(0, i.flatten()) for one, i in zip(x, index, strict=True)]
+        return torch.stack(rows).view(B, T, G, N * l_sel, -1)
 
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("btgrd,btgsd->btgrs", q.to(dtype).unflatten(2, (G, H // G)), take(k).to(dtype)) * D**-0.5
@@ -233,10 +232,24 @@ class _Past:
         rows = F.pad(x.reshape(len(x), -1), (0, 0, 0, 1))
         return rows.index_select(0, self.query).view(-1, 1, self.P * R, D)
 
-    def slots(self, x: torch.Tensor, R: int, empty: float) -> torch.Tensor:
-        """Tile results [tiles, 1, P*R, D] -> slots [B*Tc*G, N, R, D]."""
-        rows = F.pad(x.reshape(-1, R * x.shape[-1]), (0, 0, 0, 1), value=empty)
-        return rows.index_select(0, self.place).view(-1, self.N, R, x.shape[-1])
+    def slots(self, lse: torch.Tensor, R: int) -> torch.Tensor:
+        """Tiles' lse [tiles, 1, P*R] -> slots' [B*Tc*G, N, R], -inf in an empty one."""
+        rows = F.pad(lse.reshape(-1, R), (0, 0, 0, 1), value=float("-inf"))
+        return rows.index_select(0, self.place).view(-1, self.N, R)
+
+    def summed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Tile results [tiles, 1, P*R, D] summed over a query's slots by weight [B*Tc*G, N, R] -> [B*Tc*G, R, D].
+
+        An empty slot weighs 0. embedding_bag adds the rows where they lie; a gather would first copy them.
+        """
+        Q, N, R = weight.shape
+        if not len(self.query):
+            return x.new_zeros(Q, R, x.shape[-1], dtype=weight.dtype)
+        place = self.place.clamp(max=len(self.query) - 1).view(Q, 1, N)
+        rows = place * R + torch.arange(R, device=x.device)[:, None]  # [Q,R,N]
+        weight = weight.transpose(1, 2).reshape(Q * R, N)
+        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        return F.embedding_bag(rows.view(Q * R, N), flat, per_sample_weights=weight, mode="sum").view(Q, R, -1)
 
 
 class _Own:
@@ -312,11 +325,10 @@ def _forward(
             v_tiles.index_select(0, past.block),
             scale,
         )
-        slot_out, slot_lse = past.slots(o, R, 0.0), past.slots(e.unsqueeze(-1), R, float("-inf")).squeeze(-1)
-        o, e = dense.forward(own.queries(part), own.keys(k_blocks), own.keys(v_blocks), scale, causal=True)
-        own_out = own.queries_back(o, B)
-        own_lse = own.queries_back(e.unsqueeze(-1), B).squeeze(-1).masked_fill(~has_own[:, None], float("-inf"))
-        merged, total = _merge(slot_out, slot_lse, own_out, own_lse)
+        slot_lse = past.slots(e, R)
+        own_o, own_e = dense.forward(own.queries(part), own.keys(k_blocks), own.keys(v_blocks), scale, causal=True)
+        own_lse = own.queries_back(own_e.unsqueeze(-1), B).squeeze(-1).masked_fill(~has_own[:, None], float("-inf"))
+        merged, total = _merge(past, o, slot_lse, own.queries_back(own_o, B), own_lse)
         out[:, rows] = merged.view(B, -1, H, v.shape[3])
         lse[:, rows] = total.view(B, -1, H)
         if count:
@@ -327,16 +339,13 @@ def _forward(
 
 
 def _merge(
-    slot_out: torch.Tensor, slot_lse: torch.Tensor, own_out: torch.Tensor, own_lse: torch.Tensor
+    past: _Past, tile_out: torch.Tensor, slot_lse: torch.Tensor, own_out: torch.Tensor, own_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weigh the partial results of a query's slots [Q,N,R,D], [Q,N,R] and of its own block [Q,R,D], [Q,R] by lse."""
+    """Weigh the results of a query's slots by lse: tiles [tiles,1,P*R,D] and [Q,N,R], own block [Q,R,D] and [Q,R]."""
     lse = torch.cat([slot_lse, own_lse.unsqueeze(1)], dim=1).logsumexp(1)
     finite = lse.masked_fill(lse.isneginf(), 0.0)
-    weight = torch.exp(slot_lse - finite.unsqueeze(1)).unsqueeze(-1)
-    out = own_out * torch.exp(own_lse - finite).unsqueeze(-1)
-    for n in range(slot_out.shape[1]):
-        out.addcmul_(slot_out[:, n].to(out.dtype), weight[:, n])
-    return out, lse
+    out = past.summed(tile_out, torch.exp(slot_lse - finite.unsqueeze(1)))
+    return out.addcmul_(own_out.to(out.dtype), torch.exp(own_lse - finite).unsqueeze(-1)), lse
 
 
 def _backward(
@@ -384,10 +393,8 @@ def _backward(
             scale,
             causal=True,
         )
-        total = own.queries_back(own_dq, B).to(accumulator)
-        slots = past.slots(slot_dq, R, 0.0)
-        for n in range(past.N):
-            total += slots[:, n]
+        filled = (past.place < len(past.query)).view(-1, past.N, 1).expand(-1, -1, R)
+        total = own.queries_back(own_dq, B).to(accumulator) + past.summed(slot_dq, filled.to(accumulator))
         dq[:, rows] = total.reshape(B, -1, H, D).to(q.dtype)
         for whole, tiles, own_part in ((dk, slot_dk, own_dk), (dv, slot_dv, own_dv)):
             whole.view(-1, l_sel, whole.shape[-1]).index_add_(0, past.block, tiles.squeeze(1).to(accumulator))
