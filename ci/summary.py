@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def verdict_line(result: RunResult) -> str:
     if failing:
         parts.append("Failing: " + ", ".join(step.id for step in failing))
     if result.not_proven:
-        parts.append("Not proven: " + "; ".join(result.not_proven))
+        parts.append(
+            "Not proven: " + "; ".join(textwrap.shorten(line, 100, placeholder=" …") for line in result.not_proven)
+        )
     elif result.verdict != "NOT READY":
         parts.append("Every step of this profile was proven")
     return plain(". ".join(parts) + ".", 4000)
