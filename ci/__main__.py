@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     book.add_argument("--write", action="store_true", help="write it, and the README's stage table")
     bundle = commands.add_parser("bundle", help="check a bundle")
     bundle.add_argument("action", choices=["verify"])
-    bundle.add_argument("file", type=Path)
+    bundle.add_argument("files", type=Path, nargs="+", metavar="FILE")
     return options
 
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "runbook":
             return document.main(book, ROOT, write=args.write)
         if args.command == "bundle":
-            return _verify(args.file)
+            return _verify(args.files)
         return _session(args, book, root)
     except (runbook.RunbookError, outcome.OutcomeError) as error:
         print(f"ci: {error}", file=sys.stderr)
@@ -88,10 +88,13 @@ def _run(args: argparse.Namespace, session: Session, book: runbook.Runbook) -> i
     return session.close_stage(args.name, steps)
 
 
-def _verify(path: Path) -> int:
-    report = audit.verify(path)
-    print(report)
-    return outcome.READY if report.ok else outcome.TEST_FAILED
+def _verify(paths: list[Path]) -> int:
+    reports = [audit.verify(path) for path in paths]
+    for report in reports:
+        if len(reports) > 1:
+            print(f"{report.path}:")
+        print(report)
+    return outcome.READY if all(report.ok for report in reports) else outcome.TEST_FAILED
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 from report_factory import MATHS_TXT, MATHS_XML, STARTED, Run, make_run
 
 from ci import audit, bundle
+from ci.__main__ import main
 from ci.redact import Redactor, secrets_in
 from ci.session import Session
 
@@ -340,6 +341,16 @@ def test_an_oversized_member_is_refused(run: Run, monkeypatch: pytest.MonkeyPatc
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     assert bundle.verify(tmp_path / "none.tar.gz").lines() == [f"refused: {tmp_path}/none.tar.gz: no such file"]
+
+
+def test_the_command_checks_each_file_and_fails_if_one_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = pack(run), flip(pack(run, "again"))
+    assert main(["bundle", "verify", str(good)]) == 0
+    assert capsys.readouterr().out.startswith("verified: READY ON CPU, exit code 0; ")
+    assert main(["bundle", "verify", str(good), str(bad)]) == 1
+    out = capsys.readouterr().out
+    assert f"{good}:\nverified: " in out
+    assert f"{bad}:\nrefused: artifacts/bench/decode.csv: changed" in out
 
 
 class TestResignedTampering:
