@@ -102,6 +102,17 @@ def test_every_head_of_the_group_has_the_same_say():
         assert select_blocks(q, k_cmp, lse, cfg, seq_len=24).tolist() == [[[[4, 5]]]], head
 
 
+def test_each_head_is_normalised_by_its_own_sum():
+    """One head is sure of block 2; the other has far larger scores, all but equal. Its size must not count."""
+    cfg = type(CFG)(l=4, d=4, l_sel=4, n_sel=2, w=4, init_blocks=0, local_blocks=1)
+    k_cmp = torch.eye(6, dtype=torch.float64).view(1, 6, 1, 6)
+    logits = torch.tensor([[0, 0, 3, 0, 0, 0], [20, 20, 20, 20.5, 20, 20]], dtype=torch.float64)
+    for heads in (logits, logits.flip(0)):
+        q = heads.view(1, 1, 2, 6) * 6**0.5
+        lse = compressed_attention(q, k_cmp, k_cmp, cfg, seq_len=24)[1]
+        assert select_blocks(q, k_cmp, lse, cfg, seq_len=24).tolist() == [[[[2, 5]]]]
+
+
 @pytest.mark.parametrize("H", [5, 7])
 def test_heads_that_do_not_divide_into_groups_are_refused(H):
     q, k, v = inputs(1, 4, 40, G=1, R=H)

@@ -24,7 +24,7 @@ def _select(q, k_cmp, cfg, S):
     return select_blocks(q, k_cmp, lse, cfg, seq_len=S)
 
 
-def _wish(weights, cfg):
+def _wish(weights):
     """q [1,1,1,C] and orthonormal compressed keys [1,C,1,C] whose probabilities are proportional to `weights`."""
     C = len(weights)
     q = torch.tensor(weights, dtype=torch.float64).log().view(1, 1, 1, C) * C**0.5
@@ -59,9 +59,9 @@ def test_the_checker_of_lists_sees_each_fault(broken):
 
 
 def test_forced_blocks_are_the_first_the_own_and_the_one_before():
-    """Nothing but block 5 is wanted; n = 4 leaves one free slot."""
+    """They are what is wanted least; n = 4 leaves one free slot, for block 5."""
     cfg = NSAConfig(l=4, d=4, l_sel=4, n_sel=4, w=4)
-    q, k = _wish([1e-6] * 5 + [1] + [1e-6] * 4, cfg)
+    q, k = _wish([1e-9] + [1e-6] * 4 + [1] + [1e-6] * 2 + [1e-9] * 2)
     assert _select(q, k, cfg, 40).tolist() == [[[[0, 5, 8, 9]]]]
 
 
@@ -70,7 +70,7 @@ def test_a_forced_block_that_also_scores_best_is_listed_once_and_leaves_the_slot
     cfg = NSAConfig(l=4, d=4, l_sel=4, n_sel=5, w=4)
     weights = [1e-3] * 10
     weights[wanted], weights[4], weights[6] = 1, 0.5, 0.4
-    q, k = _wish(weights, cfg)
+    q, k = _wish(weights)
     assert _select(q, k, cfg, 40).tolist() == [[[[0, 4, 6, 8, 9]]]]
 
 
@@ -91,7 +91,7 @@ def test_forced_blocks_are_clipped_to_what_exists_and_counted_once(init, local, 
     cfg = NSAConfig(l=4, d=4, l_sel=4, n_sel=n, w=4, init_blocks=init, local_blocks=local)
     S = 4 * (t_block + 1)
     weights = [2.0**j for j in range(t_block + 1)]
-    q, k = _wish(weights, cfg)
+    q, k = _wish(weights)
     listed = _select(q, k, cfg, S)[0, 0, 0].tolist()
     assert listed == expected + [-1] * (n - len(expected))
 
@@ -112,10 +112,10 @@ def test_ties_among_the_best_and_the_rest_are_each_broken_downwards(dtype):
     weights = [1.0] * 20
     for j in (7, 11, 15):
         weights[j] = 8.0
-    q, k = _wish(weights, cfg)
+    q, k = _wish(weights)
     assert _select(q.to(dtype), k.to(dtype), cfg, 80).tolist() == [[[[0, 7, 11, 15, 18, 19]]]]
     weights[3] = weights[5] = weights[9] = 8.0
-    q, k = _wish(weights, cfg)
+    q, k = _wish(weights)
     assert _select(q.to(dtype), k.to(dtype), cfg, 80).tolist() == [[[[0, 3, 5, 7, 18, 19]]]]
 
 
@@ -130,7 +130,7 @@ def test_a_far_block_still_counts_at_tiny_probability():
     cfg = NSAConfig(l=4, d=4, l_sel=4, n_sel=4, w=4)
     weights = [1.0] + [1e-14] * 15
     weights[4], weights[9] = 1e-12, 2e-12
-    q, k = _wish(weights, cfg)
+    q, k = _wish(weights)
     for dtype in (torch.float64, torch.float32):
         assert _select(q.to(dtype), k.to(dtype), cfg, 64).tolist() == [[[[0, 9, 14, 15]]]]
 
@@ -151,7 +151,7 @@ def test_equation_9_shares_a_compressed_block_among_those_it_overlaps(wanted, ex
     weights[wanted] = 1.0
     if wanted == 7:
         weights[11] = 0.9  # lifts block 2 over block 1, with which it shares block 7
-    q, k = _wish(weights, cfg)
+    q, k = _wish(weights)
     assert _select(q, k, cfg, 576).tolist() == [[[[0, expected, 7, 8]]]]
 
 
@@ -162,7 +162,7 @@ def test_the_outer_taps_have_half_the_weight_of_the_inner_ones():
         weights = [1e-6] * 43
         weights[7] = weights[11] = 1.0
         weights[21] = inner
-        q, k = _wish(weights, cfg)
+        q, k = _wish(weights)
         # blocks 1, 3 share one outer tap each: below both
         assert _select(q, k, cfg, 704).tolist() == [[[[0, expected, 9, 10]]]], inner
 
