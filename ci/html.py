@@ -15,7 +15,7 @@ from ci import plots
 from ci.bundle import bundle_name
 from ci.outcome import RunResult, StepOutcome
 from ci.runbook import Runbook
-from ci.summary import FINE, counts, why
+from ci.summary import FINE, counts, split_reason, why
 
 TEMPLATES = Path(__file__).with_name("templates")
 TONES = {"READY": "good", "READY ON CPU": "part", "NOT READY": "bad"}
@@ -72,7 +72,7 @@ def render_html(result: RunResult, artifacts: Path, book: Runbook | None = None)
         env=list(ev.flatten(result.env)),
         when=_when(result.started),
         bundle=bundle_name(result),
-        fine=FINE,
+        unproven=[split_reason(line) for line in result.not_proven],
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,9 +31,7 @@ def verdict_line(result: RunResult) -> str:
     if failing:
         parts.append("Failing: " + ", ".join(step.id for step in failing))
     if result.not_proven:
-        parts.append(
-            "Not proven: " + "; ".join(textwrap.shorten(line, 100, placeholder=" …") for line in result.not_proven)
-        )
+        parts.append("Not proven: " + "; ".join(split_reason(line)[0] for line in result.not_proven))
     elif result.verdict != "NOT READY":
         parts.append("Every step of this profile was proven")
     return plain(". ".join(parts) + ".", 4000)
@@ -67,6 +64,12 @@ def plain(text: str, limit: int = MAX_CELL) -> str:
     for char, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("[", "\\["), ("@", "&#64;")):
         text = text.replace(char, safe)
     return text.replace("`", "'")
+
+
+def split_reason(line: str) -> tuple[str, str]:
+    """A line of `not_proven` as (what, why)."""
+    what, _, reason = line.partition(": ")
+    return what, reason
 
 
 def why(step: StepOutcome) -> str:
@@ -144,7 +147,7 @@ def _steps(result: RunResult) -> list[str]:
 def _not_proven(result: RunResult) -> list[str]:
     if not result.not_proven:
         return []
-    return ["## Not proven here", "", *(f"- {plain(line)}" for line in result.not_proven)]
+    return ["## Not proven here", "", *(f"- {plain(line, 1000)}" for line in result.not_proven)]
 
 
 def _checkpoints(evidence: ev.Evidence) -> list[str]:

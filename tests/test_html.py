@@ -94,7 +94,7 @@ def test_says_the_verdict_in_words_and_what_is_open(run: Run) -> None:
     text = words(run)
     assert "READY ON CPU" in text
     assert "Not proven here" in text
-    assert "Triton forward against the reference: needs CUDA" in text
+    assert "Triton forward against the reference needs CUDA" in text
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("READY", 0), ("READY ON CPU", 0), ("NOT READY", 3)])

@@ -24,9 +24,10 @@ def with_step(result: RunResult, **changes: object) -> RunResult:
 
 
 def test_first_line_is_the_verdict_and_what_is_not_proven(run: Run) -> None:
-    first = render_markdown(run.result, run.artifacts).splitlines()[0]
-    assert first.startswith("READY ON CPU. Not proven: ")
-    assert "Triton forward against the reference: needs CUDA" in first
+    first, *others = render_markdown(run.result, run.artifacts).splitlines()
+    what = "correctness on the CPU, 1 of its tests; Triton forward against the reference"
+    assert first == f"READY ON CPU. Not proven: {what}."
+    assert "- Triton forward against the reference: needs CUDA" in others
 
 
 def test_not_ready_names_the_step_and_its_command(run: Run) -> None:
