@@ -7,8 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-from ci import audit, document, execute, outcome, runbook
-from ci.session import Session, clear_exit, offline
+try:
+    from ci import audit, document, execute, outcome, runbook
+    from ci.session import Session, clear_exit, offline, publish
+except ModuleNotFoundError as error:
+    remedy = "run ci/nox, which brings it, or: pip install -r requirements-cpu.txt"
+    print(f"ci: {error.name} is not installed for {sys.executable}; {remedy}", file=sys.stderr)
+    raise SystemExit(78) from None  # the configuration code; ci.outcome may be what is missing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,7 +73,8 @@ def _session(args: argparse.Namespace, book: runbook.Runbook, root: Path) -> int
             code = _run(args, session, book)
     except execute.Stopped as stop:
         print(f"ci: {stop}: the running step was ended", file=sys.stderr, flush=True)
-        return session.finish(name, stop.code)
+        code = session.finish(name, stop.code)
+    publish(root)
     return code
 
 

@@ -181,7 +181,7 @@ def _judge_pytest(
     except junit.JUnitError as error:
         return "MISSING", str(error), counts, []
     for case in cases:
-        counts[case.state] += 1
+        counts[case.state] += case.state != "passed" or _is_covered(step, case.name)
     reasons = sorted({case.reason for case in cases if case.state == "skipped"})
     if counts["failed"]:
         first = next(case for case in cases if case.state == "failed")
@@ -193,11 +193,24 @@ def _judge_pytest(
         return "VACUOUS", f"a skip that profile {profile} does not allow here: {bad[0]}", counts, reasons
     if verdict != "PASSED":
         return verdict, reason, counts, reasons
+    passed = [case.name for case in cases if case.state == "passed"]
     if counts["passed"]:
-        return "PASSED", "", counts, reasons
-    if step.expected(profile) == "skip_ok":
+        lost = [pattern for pattern in step.covers if not any(re.search(pattern, name) for name in passed)]
+        return (
+            ("VACUOUS", f"no test passed that matches {lost[0]}", counts, reasons)
+            if lost
+            else ("PASSED", "", counts, reasons)
+        )
+    if step.expected(profile) == "skip_ok" and counts["skipped"]:
         return "SKIPPED", "; ".join(reasons), counts, reasons
-    return "VACUOUS", f"all {len(cases)} tests skipped: {'; '.join(reasons)}", counts, reasons
+    why = (
+        f"all {counts['skipped']} tests skipped: {'; '.join(reasons)}" if reasons else "only namesakes of its tests ran"
+    )
+    return "VACUOUS", why, counts, reasons
+
+
+def _is_covered(step: Step, name: str) -> bool:
+    return not step.covers or any(re.search(pattern, name) for pattern in step.covers)
 
 
 def _is_allowed(step: Step, profile: str, reason: str) -> bool:

@@ -80,6 +80,7 @@ class Step:
     expect: dict[str, str]
     output: str = ""
     xdist: bool = False
+    covers: tuple[str, ...] = ()
     deviation: str = ""
     needs: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
@@ -189,6 +190,7 @@ def _check_expectations(book: Runbook, step: Step) -> None:
         if (want := step.expect.get(profile, step.expect.get("*"))) not in EXPECTATIONS:
             raise RunbookError(f"{step.id}: expect.{profile} = {want!r}; one of {', '.join(EXPECTATIONS)}")
     patterns = [p for group in step.allow.values() for p in group] + [a.regex for a in step.assertions if a.regex]
+    patterns += step.covers
     for pattern in patterns:
         try:
             re.compile(pattern)

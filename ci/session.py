@@ -169,6 +169,23 @@ def clear_exit(root: Path) -> None:
     (root / "artifacts" / "exit.json").unlink(missing_ok=True)
 
 
+def publish(root: Path) -> None:
+    """Copies artifacts/ and the bundles to NSA_CI_ARTIFACTS, where that is a folder of its own (a container's mount).
+
+    The runbook's commands write to artifacts/ literally, so the folder itself cannot be another one.
+    """
+    named = os.environ.get("NSA_CI_ARTIFACTS", "")
+    target = Path(root, named)
+    if not named or target.resolve() == (root / "artifacts").resolve():
+        return
+    try:
+        shutil.copytree(root / "artifacts", target, dirs_exist_ok=True)
+        for packed in sorted((root / "dist").glob("nsa-readiness-*.tar.gz")):
+            shutil.copy2(packed, target)
+    except (OSError, shutil.Error) as error:
+        raise outcome.OutcomeError(f"NSA_CI_ARTIFACTS={named} cannot be written ({error})") from error
+
+
 def offline() -> bool:
     """NSA_CI_OFFLINE=1: no step may fetch anything."""
     return os.environ.get("NSA_CI_OFFLINE", "") not in ("", "0")

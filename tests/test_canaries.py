@@ -35,6 +35,8 @@ CODES = {
     "skips": (3, "VACUOUS"),
     "wrong_reason": (3, "VACUOUS"),
     "collects_nothing": (3, "VACUOUS"),
+    "namesake": (3, "VACUOUS"),
+    "lost_module": (3, "VACUOUS"),
     "no_deliverable": (3, "MISSING"),
     "empty_deliverable": (3, "MISSING"),
     "stale_deliverable": (3, "MISSING"),

@@ -6,8 +6,6 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("nsa", "ci", "scripts", "bench", "tests")
 FILES = [*sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py")), ROOT / "noxfile.py"]
@@ -51,29 +49,31 @@ HARNESS = [n for n in in_folder("ci") if not n.startswith("ci/probes/")] + ["nox
 LIBRARY = [n for n in in_folder("nsa") if not n.startswith("nsa/tests/")]
 
 
-@pytest.mark.parametrize("name", HARNESS)
-def test_the_harness_drives_the_library_from_outside(name):
-    assert not within(name, "nsa", "torch", "triton", "numpy")
+# One test a rule, not one a file: the runbook's -k expressions would select a test id that holds a module's name.
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_imports_tests_or_private_harness_parts(name):
-    if not name.startswith(("tests/", "nsa/tests/")):
-        assert not within(name, "tests", "nsa.tests")
-    if not name.startswith(("ci/", "tests/")):
-        assert not within(name, "ci")
+def test_the_harness_drives_the_library_from_outside():
+    assert not {name: bad for name in HARNESS if (bad := within(name, "nsa", "torch", "triton", "numpy"))}
 
 
-@pytest.mark.parametrize("name", in_folder("nsa/kernels"))
-def test_kernels_know_neither_ops_nor_configuration(name):
-    assert not within(name, "nsa.ops", "nsa.config", "nsa.attention", "nsa.model", "nsa.cache", "nsa.train")
+def test_nothing_imports_tests_and_nothing_but_tests_the_harness():
+    for name in NAMES:
+        if not name.startswith(("tests/", "nsa/tests/")):
+            assert not within(name, "tests", "nsa.tests"), name
+        if not name.startswith(("ci/", "tests/")):
+            assert not within(name, "ci"), name
 
 
-@pytest.mark.parametrize("name", in_folder("nsa/ops"))
-def test_ops_import_kernels_only_when_a_route_asks_for_them(name):
-    eager = imports(name, top_level=True)
-    assert not {i for i in eager if i.startswith(("nsa.kernels", "triton", "flash_attn"))}
-    assert not within(name, "nsa.attention", "nsa.model", "nsa.train", "nsa.cache")
+def test_kernels_know_neither_ops_nor_configuration():
+    above = ("nsa.ops", "nsa.config", "nsa.attention", "nsa.model", "nsa.cache", "nsa.train")
+    assert not {name: bad for name in in_folder("nsa/kernels") if (bad := within(name, *above))}
+
+
+def test_ops_import_kernels_only_when_a_route_asks_for_them():
+    for name in in_folder("nsa/ops"):
+        eager = imports(name, top_level=True)
+        assert not {i for i in eager if i.startswith(("nsa.kernels", "triton", "flash_attn"))}, name
+        assert not within(name, "nsa.attention", "nsa.model", "nsa.train", "nsa.cache"), name
 
 
 def test_layers_point_downwards():
@@ -93,42 +93,39 @@ def test_layers_point_downwards():
             assert not within(name, "nsa.train"), name
 
 
-@pytest.mark.parametrize("name", LIBRARY)
-def test_the_library_needs_torch_alone_at_import(name):
-    if name.startswith(("nsa/train/", "nsa/kernels/")):
-        return  # extras of their own; imported only where they are used
-    optional = ("triton", "flash_attn", "transformers", "datasets", "pydantic", "yaml", "tqdm", "matplotlib", "numpy")
-    assert not {i for i in imports(name, top_level=True) if i.split(".")[0] in optional}
+def test_the_library_needs_torch_alone_at_import():
+    optional = {"triton", "flash_attn", "transformers", "datasets", "pydantic", "yaml", "tqdm", "matplotlib", "numpy"}
+    for name in LIBRARY:
+        if not name.startswith(("nsa/train/", "nsa/kernels/")):  # extras of their own, imported where they are used
+            assert not {i for i in imports(name, top_level=True) if i.split(".")[0] in optional}, name
 
 
-READERS = ("nsa/routing.py", "nsa/train/dist.py", "scripts/train_showcase.py")
+def test_the_environment_is_read_in_its_few_places():
+    readers = ("nsa/routing.py", "nsa/train/dist.py", "scripts/train_showcase.py", "ci/", "tests/", "nsa/tests/")
+    for name in (name for name in NAMES if not name.startswith(readers)):
+        for node in ast.walk(tree(name)):
+            used = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
+            assert not used, f"{name}:{getattr(node, 'lineno', '?')} reads the environment; flags have one home"
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(("tests/", "nsa/tests/", "ci/"))])
-def test_the_environment_is_read_in_its_few_places(name):
-    if name in READERS:
-        return
-    for node in ast.walk(tree(name)):
-        used = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
-        assert not used, f"{name}:{getattr(node, 'lineno', '?')} reads the environment; flags have one home"
+def test_no_failure_is_swallowed():
+    for name in NAMES:
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.unparse(node.type) if node.type else "everything"
+                broad = node.type is None or caught in ("Exception", "BaseException")
+                reraised = any(isinstance(inner, ast.Raise) and inner.exc is None for inner in ast.walk(node))
+                assert not broad or reraised, f"{name}:{node.lineno} catches {caught}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_failure_is_swallowed(name):
-    for node in ast.walk(tree(name)):
-        if isinstance(node, ast.ExceptHandler):
-            caught = ast.unparse(node.type) if node.type else "everything"
-            broad = node.type is None or caught in ("Exception", "BaseException")
-            reraised = any(isinstance(inner, ast.Raise) and inner.exc is None for inner in ast.walk(node))
-            assert not broad or reraised, f"{name}:{node.lineno} catches {caught}"
-
-
-@pytest.mark.parametrize("name", in_folder("nsa/tests", "tests"))
-def test_test_modules_import_only_what_every_lane_has(name):
+def test_test_modules_import_only_what_every_lane_has():
     helpers = {path.stem for path in (ROOT / "tests").glob("*.py")}
     allowed = {*sys.stdlib_module_names, *helpers, "pytest", "torch", "nsa", "ci"}
-    foreign = {i.split(".")[0] for i in imports(name, top_level=True)} - allowed
-    assert not foreign, "import optional packages inside a fixture, so that a lane without them skips by test"
+    for name in in_folder("nsa/tests", "tests"):
+        foreign = {i.split(".")[0] for i in imports(name, top_level=True)} - allowed
+        assert not foreign, (
+            f"{name}: import optional packages inside a fixture, so that a lane without them skips by test"
+        )
 
 
 def test_the_syntax_tests_see_what_they_forbid():

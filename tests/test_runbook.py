@@ -54,6 +54,21 @@ def test_a_header_of_the_runbook_is_asked_for(path):
     assert headers == [FACTS["headers"][path]]
 
 
+def test_every_name_of_a_k_expression_must_be_seen_to_pass():
+    for name, line in FACTS["commands"].items():
+        wanted = re.findall(r"test_\w+", line.split("-k")[-1]) if '-k "' in line else []
+        for test in wanted:
+            assert any(test in pattern for pattern in STEPS[name].covers), f"{name}: {test} could vanish unnoticed"
+    assert all(step.covers for step in BOOK.steps if step.kind == "pytest")
+
+
+def test_no_test_outside_the_library_bears_a_name_that_the_runbook_selects():
+    words = re.findall(r"test_\w+|fa2_gpu_varlen", STEPS["cpu_correctness"].command + STEPS["fa2_varlen"].command)
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        names = [*re.findall(r"(?m)^def (test_\w+)", path.read_text()), path.stem]
+        assert not [name for name in names if any(word in name for word in words)], path.name
+
+
 def test_what_a_command_redirects_to_is_a_deliverable_and_not_captured_twice():
     for step in BOOK.steps:
         for path in re.findall(r"> (artifacts/\S+)", step.command):
