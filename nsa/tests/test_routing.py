@@ -1,0 +1,199 @@
+"""Which backend runs and why not another; what flags do; inputs that do not fit are named."""
+
+import warnings
+
+import pytest
+import torch
+
+from nsa import NSAConfig, compressed_attention, routing, select_blocks, selected_attention, sliding_window_attention
+from nsa.testing import fixed_selection, inputs, oracle, shapes
+
+CFG = shapes.PATTERNS["small"]
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """flags(NSA_USE_FA2="0", ...) sets exactly these variables for one test."""
+
+    def set_flags(**values):
+        for name in routing.Flags.__dataclass_fields__:
+            monkeypatch.delenv(f"NSA_{name.upper()}", raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(routing, "_overrides", {})
+        routing.flags.cache_clear()
+
+    set_flags()
+    yield set_flags
+    monkeypatch.undo()
+    routing.flags.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", True), ("0", False), ("", None), ("on", True), ("FALSE", False), (" 1 ", True)]
+)
+def test_a_flag_is_on_off_or_unset(flags, text, value):
+    flags(NSA_USE_TRITON_SEL=text)
+    assert routing.flags().use_triton_sel is value
+    assert routing.flags().use_fa2 is None
+
+
+def test_a_flag_that_is_neither_is_named(flags):
+    flags(NSA_USE_FA2="maybe")
+    with pytest.raises(ValueError, match=r"NSA_USE_FA2='maybe'.*1 or 0"):
+        routing.flags()
+
+
+def test_a_command_line_wins_over_the_environment(flags):
+    flags(NSA_USE_FA2="1")
+    routing.override(use_fa2=False)
+    assert routing.flags().use_fa2 is False
+    with pytest.raises(ValueError, match="no such flag: use_fa3"):
+        routing.override(use_fa3=True)
+
+
+@pytest.mark.parametrize("op", list(routing.PREFERENCES))
+def test_the_reference_stands_last_and_is_always_able(flags, op):
+    assert routing.PREFERENCES[op][-1] == "reference"
+    assert routing.choose(op, torch.zeros(1, 1, 1, 8), backend="reference").backend == "reference"
+
+
+@pytest.mark.parametrize("op", ["selected", "selection"])
+def test_reasons_name_policy_before_environment(flags, op):
+    flags(NSA_USE_TRITON_SEL="0")
+    x = torch.zeros(1, 1, 1, 8)
+    route = routing.choose(op, x, x, x)
+    assert route.backend != "triton"
+    assert route.rejected["triton"][:2] == ["NSA_USE_TRITON_SEL=0", "needs CUDA"]
+
+
+@pytest.mark.parametrize("op", ["window", "compressed"])
+def test_fa2_forbidden_by_its_flag_is_not_taken(flags, op):
+    flags(NSA_USE_FA2="0")
+    x = torch.zeros(1, 1, 1, 8)
+    assert routing.choose(op, x, x, x).rejected["flash"][0] == "NSA_USE_FA2=0"
+
+
+def test_a_flag_that_asks_for_the_impossible_warns_once(flags):
+    flags(NSA_USE_TRITON_SEL="1")
+    routing._warn_once.cache_clear()
+    x = torch.zeros(1, 1, 1, 8)
+    with pytest.warns(UserWarning, match="triton was asked for but needs CUDA"):
+        routing.choose("selected", x, x, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        routing.choose("selected", x, x, x)
+
+
+def test_a_backend_asked_for_by_name_runs_or_says_why_not(flags):
+    q, k, v = inputs(1, 20, 20)
+    chosen = fixed_selection(1, 20, 2, 20, CFG)
+    with pytest.raises(routing.Unsupported, match="needs CUDA"):
+        selected_attention(q, k, v, chosen, CFG, backend="triton")
+    with pytest.raises(routing.Unsupported, match="needs CUDA"):
+        sliding_window_attention(q, k, v, CFG, backend="flash")
+    with pytest.raises(routing.Unsupported, match=r"'fast'.*triton, torch, reference"):
+        selected_attention(q, k, v, chosen, CFG, backend="fast")
+
+
+def test_launches_tell_which_backend_ran(flags):
+    q, k, v = inputs(1, 20, 20)
+    chosen = fixed_selection(1, 20, 2, 20, CFG)
+    before = routing.launches.copy()
+    selected_attention(q, k, v, chosen, CFG, backend="torch")
+    assert routing.launches - before == {("selected", "torch"): 1}
+
+
+def test_the_snapshot_names_each_route_and_its_reasons(flags):
+    flags(NSA_USE_TRITON_SEL="0", NSA_USE_FA2="0")
+    routes = routing.snapshot()["routes"]
+    assert set(routes) == {"compressed", "selection", "selected", "window"}
+    for row in routes.values():
+        for mode in ("forward", "training"):
+            assert row[mode]["backend"] in routing.BACKENDS
+            assert all(reasons for reasons in row[mode]["rejected"].values())
+    assert "NSA_USE_TRITON_SEL=0" in routes["selected"]["training"]["rejected"]["triton"]
+    assert "NSA_USE_FA2=0" in routes["window"]["forward"]["rejected"]["flash"]
+
+
+# Inputs that do not fit
+
+
+def _call(op, q, k, v, **more):
+    if op == "compressed":
+        C = len(oracle.compressed_spans(40, CFG))
+        return compressed_attention(q, k[:, :C], v[:, :C], CFG, **{"seq_len": 40} | more)
+    if op == "window":
+        return sliding_window_attention(q, k, v, CFG, **more)
+    return selected_attention(q, k, v, fixed_selection(2, 20, 2, 40, CFG), CFG, **more)
+
+
+@pytest.mark.parametrize("op", ["compressed", "selected", "window"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda q, k, v: (q[0], k, v), "q has shape"),
+        (lambda q, k, v: (q, k.float(), v), "k is torch.float32"),
+        (lambda q, k, v: (q.long(), k.long(), v.long()), "q is torch.int64"),
+        (lambda q, k, v: (q, k[:1], v[:1]), "batch 1"),
+        (lambda q, k, v: (q, k[..., :8], v), "head dim 16 but k has 8"),
+        (lambda q, k, v: (q, k, v[:, :3]), "differ before the head dim"),
+        (lambda q, k, v: (q[:, :, :3], k, v), "3 query heads .* 2 groups"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(op, change, said):
+    with pytest.raises(ValueError, match=said):
+        _call(op, *change(*inputs(2, 20, 40)))
+
+
+@pytest.mark.parametrize("op", ["compressed", "selected", "window"])
+@pytest.mark.parametrize(
+    ("seq_len", "said"),
+    [
+        (19, "19 .* 20 queries"),
+        (torch.tensor(40), "seq_len is torch.int64"),
+        (torch.tensor([40.0, 40.0]), "seq_len is torch.float32"),
+    ],
+)
+def test_a_sequence_length_that_does_not_fit_is_named(op, seq_len, said):
+    with pytest.raises(ValueError, match=said):
+        _call(op, *inputs(2, 20, 40), seq_len=seq_len)
+
+
+def test_too_few_keys_are_counted():
+    q, k, v = inputs(1, 4, 9)
+    with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 has 19"):
+        compressed_attention(q, k, v, CFG, seq_len=80)
+    with pytest.raises(ValueError, match=r"9 keys.*w = 20 need 23"):
+        sliding_window_attention(q, k, v, CFG, seq_len=80)
+    with pytest.raises(ValueError, match="seq_len = 80 but k holds 9"):
+        selected_attention(q, k, v, fixed_selection(1, 4, 2, 9, CFG), CFG, seq_len=80)
+
+
+@pytest.mark.parametrize("bad", [-2, 3, 99])
+def test_a_block_outside_the_sequence_is_named(bad):
+    q, k, v = inputs(1, 20, 40)
+    chosen = fixed_selection(1, 20, 2, 40, CFG)
+    chosen[0, 7, 1, 0] = bad
+    with pytest.raises(ValueError, match=rf"block {bad} is outside -1 \.\. 2"):
+        selected_attention(q, k, v, chosen, CFG, backend="torch")
+
+
+def test_a_block_list_of_another_shape_or_type_is_named():
+    q, k, v = inputs(1, 20, 40)
+    chosen = fixed_selection(1, 20, 2, 40, CFG)
+    with pytest.raises(ValueError, match=r"torch.int64 .*expected int32 \[1, 20, 2, N\]"):
+        selected_attention(q, k, v, chosen.long(), CFG)
+    with pytest.raises(ValueError, match=r"expected int32 \[1, 20, 2, N\]"):
+        selected_attention(q, k, v, chosen[:, :5], CFG)
+
+
+def test_an_lse_of_other_queries_is_refused():
+    q, k, _ = inputs(1, 20, 9)
+    with pytest.raises(ValueError, match="lse has shape"):
+        select_blocks(q, k, torch.zeros(1, 19, 4, dtype=torch.float64), CFG, seq_len=40)
+
+
+def test_a_pattern_is_refused_before_any_tensor_is_made():
+    with pytest.raises(ValueError, match=r"nsa.l = 32 .* nsa.d = 12"):
+        NSAConfig(l=32, d=12)
