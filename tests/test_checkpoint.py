@@ -50,15 +50,19 @@ def a_config(out_dir, text, **loop):
     )
 
 
-def quiet(line: str) -> None:
-    pass
+def drawing(line: str) -> None:
+    """Draws from every generator once a step, as dropout would: a resume must bring their states back."""
+    if "| loss" in line:
+        random.random()
+        torch.rand(1)
+        pytest.importorskip("numpy", reason="its generator is part of the state").random.rand()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, text):
     """The run that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    train(a_config(out, text), emit=quiet)
+    train(a_config(out, text), emit=drawing)
     return out
 
 
@@ -78,6 +82,9 @@ def assert_same_run(out, whole):
         assert all(torch.equal(ours["optimizer"]["state"][index][key], state[key]) for key in state)
     assert ours["scheduler"] == theirs["scheduler"]
     assert ours["ranks"][0]["data"] == theirs["ranks"][0]["data"]
+    generators, expected = ours["ranks"][0]["rng"], theirs["ranks"][0]["rng"]
+    assert torch.equal(generators["torch"], expected["torch"])
+    assert (generators["python"], generators["numpy"]) == (expected["python"], expected["numpy"])
     assert json.loads((out / "metrics.json").read_text())["loss_first"] == pytest.approx(
         read_rows(whole / "training.csv", TrainRow)[0].loss, rel=1e-5
     )
@@ -87,6 +94,7 @@ def interrupted(out, text, *, at, signum=signal.SIGTERM):
     """A run that gets a signal when it logs step `at`."""
 
     def emit(line: str) -> None:
+        drawing(line)
         if line.startswith(f"step {at:04d} | loss"):
             os.kill(os.getpid(), signum)
 
@@ -95,7 +103,7 @@ def interrupted(out, text, *, at, signum=signal.SIGTERM):
 
 def test_a_run_resumed_from_a_checkpoint_elsewhere_repeats_the_whole_run(tmp_path, text, whole):
     out = tmp_path / "run"
-    train(a_config(out, text, resume=str(checkpoint.path_of(whole, 3))), emit=quiet)
+    train(a_config(out, text, resume=str(checkpoint.path_of(whole, 3))), emit=drawing)
     assert_same_run(out, whole)
 
 
@@ -108,16 +116,16 @@ def test_a_signal_ends_the_step_and_the_run_goes_on_from_there(tmp_path, text, w
     assert result.checkpoint == checkpoint.path_of(out, at + 1)
     assert json.loads((out / "metrics.json").read_text())["ended"] == signal.Signals(signum).name
     assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler), "handlers are put back"
-    resumed = train(a_config(out, text, resume=str(out)), emit=quiet)
+    resumed = train(a_config(out, text, resume=str(out)), emit=drawing)
     assert resumed.signum is None
     assert_same_run(out, whole)
 
 
 def test_a_finished_run_resumed_does_nothing_more(tmp_path, text, whole):
     out = tmp_path / "run"
-    train(a_config(out, text), emit=quiet)
+    train(a_config(out, text), emit=drawing)
     before = (out / "checkpoint_000008.pt").stat().st_mtime_ns
-    assert train(a_config(out, text, resume=str(out)), emit=quiet).step == STEPS
+    assert train(a_config(out, text, resume=str(out)), emit=drawing).step == STEPS
     assert (out / "checkpoint_000008.pt").stat().st_mtime_ns == before
     assert_same_run(out, whole)
 
@@ -154,8 +162,8 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, text):
     (out / f".{last.name}.partial").write_bytes(b"half a checkpoint")
     end = step + 4
     whole = tmp_path / "whole"
-    train(a_config(whole, text, steps=end, lr_schedule="constant"), emit=quiet)
-    train(a_config(out, text, steps=end, lr_schedule="constant", resume=str(out)), emit=quiet)
+    train(a_config(whole, text, steps=end, lr_schedule="constant"), emit=drawing)
+    train(a_config(out, text, steps=end, lr_schedule="constant", resume=str(out)), emit=drawing)
     assert columns(out) == columns(whole)
     assert [row.step for row in read_rows(out / "training.csv", TrainRow)] == list(range(1, end + 1))
     assert not list(out.glob(".*partial"))
@@ -228,7 +236,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(run_dir, te
     harm(run_dir / "checkpoint_000006.pt")
     for resume in (run_dir, damaged):
         with pytest.raises(CheckpointError) as error:
-            train(a_config(run_dir, text, resume=str(resume)), emit=quiet)
+            train(a_config(run_dir, text, resume=str(resume)), emit=drawing)
         message = str(error.value).splitlines()
         assert message[0].startswith(f"{damaged}: damaged: ")
         assert message[1].endswith(f"pass --resume {run_dir / 'checkpoint_000003.pt'}")
@@ -285,7 +293,7 @@ def test_a_checkpoint_gets_its_name_only_after_its_bytes_are_on_the_disk(tmp_pat
 def test_a_resume_under_another_configuration_names_the_key(tmp_path, text, whole, changed, said):
     cfg = a_config(tmp_path / "run", text, resume=str(whole / "checkpoint_000003.pt"), **changed)
     with pytest.raises(CheckpointError, match=said):
-        train(cfg, emit=quiet)
+        train(cfg, emit=drawing)
     assert not (tmp_path / "run").exists()
 
 
@@ -296,12 +304,12 @@ def test_cadences_and_the_place_of_the_text_may_differ(tmp_path, text, whole):
         (moved / file.name).write_bytes(file.read_bytes())
     out = tmp_path / "run"
     cfg = a_config(out, moved, resume=str(whole / "checkpoint_000006.pt"), log_every=7, save_every=1)
-    train(cfg, emit=quiet)
+    train(cfg, emit=drawing)
     assert columns(out) == columns(whole)
 
 
 def test_resuming_from_an_older_checkpoint_sets_the_newer_ones_aside(run_dir, text, whole):
-    train(a_config(run_dir, text, steps=STEPS, resume=str(run_dir / "checkpoint_000003.pt")), emit=quiet)
+    train(a_config(run_dir, text, steps=STEPS, resume=str(run_dir / "checkpoint_000003.pt")), emit=drawing)
     assert {"checkpoint_000006.pt.superseded1", "checkpoint_000008.pt.superseded1"} <= {
         f.name for f in run_dir.iterdir()
     }

@@ -135,6 +135,17 @@ def test_a_rank_that_dies_ends_the_run(tmp_path):
     assert checkpoint.last_good(out) == checkpoint.list_checkpoints(out)[-1]
 
 
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
+    out = tmp_path / "run"
+    process = start(a_config(out, steps=100_000, save_every=0, eval_every=0))
+    wait_for_line(process, "step 0002 | loss")
+    os.kill(_pid_of_rank_1(process.pid), signal.SIGTERM)
+    code, _, _ = finish(process)
+    assert code != 0
+    (last,) = checkpoint.list_checkpoints(out)
+    assert checkpoint.load(last)["step"] == read_rows(out / "training.csv", TrainRow)[-1].step
+
+
 def _pid_of_rank_1(launcher):
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes() + b"\0":

@@ -66,6 +66,8 @@ def test_the_showcase_trains_on_fewer_blocks_than_there_are():
         ("train.steps=many", "train.steps"),
         ("train.steps=2.5", "train.steps"),
         ("train.steps=0", "train.steps"),
+        ("train.steps='3'", "train.steps = '3'"),
+        ("runtime.gradient_checkpointing=1", "runtime.gradient_checkpointing"),
         ("train.lr=.nan", "train.lr"),
         ("data.dataset=wiki", "data.dataset"),
         ("nsa.l=15", "nsa.l = 15"),

@@ -102,6 +102,14 @@ def test_an_epoch_has_every_window_once_and_the_next_another_order(folder):
     assert sorted(first) == sorted(second)
 
 
+def test_held_out_synthetic_windows_are_others_than_those_trained_on():
+    source = open_data(a_config(dataset="synthetic"), ALONE)
+    trained = {tuple(row.tolist()) for row in take(source, 10).flatten(0, 1)}
+    held = {tuple(row.tolist()) for batch in source.validation(10) for row in batch}
+    assert len(held) == 40
+    assert not trained & held
+
+
 def test_held_out_windows_are_never_trained_on(folder):
     source = open_data(a_config(batch_size=1, path=str(folder), val_fraction=0.2), ALONE)
     trained = {tuple(source.batch()[0].tolist()) for _ in range(source.summary["windows_train"])}

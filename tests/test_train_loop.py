@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,12 +10,14 @@ import re
 import runpy
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from nsa.model import Transformer
+from nsa.model import Block, Transformer
 from nsa.records import TrainRow, ValRow, read_rows
 from nsa.train import config
 from nsa.train.errors import NonFiniteError, SaveError, UsageError
@@ -150,18 +153,45 @@ def test_a_resumed_schedule_is_at_the_same_rate():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(cfg.lr * lr_factor(7, cfg))
 
 
+@contextmanager
+def calls_of(kind):
+    """The calls of modules of a kind, each with the dtype of its output (None where it was not finished)."""
+    seen: list[list] = []
+
+    def before(module, inputs):
+        if isinstance(module, kind):
+            seen.append([None])
+
+    def after(module, inputs, output):
+        if isinstance(module, kind):
+            seen[-1][0] = output.dtype
+
+    hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(after)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def test_bf16_is_autocast_over_fp32_weights(tmp_path):
-    exact, rough = run(tmp_path / "fp32"), run(tmp_path / "bf16", precision="bf16")
+    exact = run(tmp_path / "fp32")
+    with calls_of(torch.nn.Linear) as calls:
+        rough = run(tmp_path / "bf16", precision="bf16")
+    assert {dtype for (dtype,) in calls} == {torch.bfloat16}
     saved = torch.load(tmp_path / "bf16" / "checkpoint_000004.pt", weights_only=True)
     moments = [t for state in saved["optimizer"]["state"].values() for t in state.values()]
     assert {t.dtype for t in [*saved["model"].values(), *moments]} == {torch.float32}
-    assert [row.loss for row in rough] != [row.loss for row in exact], "bf16 was used"
     assert [row.loss for row in rough] == pytest.approx([row.loss for row in exact], rel=2e-2)
 
 
 def test_gradient_checkpointing_changes_no_number(tmp_path):
-    plain = run(tmp_path / "plain")
-    assert [r.loss for r in run(tmp_path / "again", gradient_checkpointing=True)] == [r.loss for r in plain]
+    with calls_of(Block) as once:
+        plain = run(tmp_path / "plain")
+    with calls_of(Block) as twice:
+        again = run(tmp_path / "again", gradient_checkpointing=True)
+    assert [row.loss for row in again] == [row.loss for row in plain]
+    assert len(twice) == 2 * len(once), "every block's forward is run again in the backward"
 
 
 def test_clipping_bounds_the_gradient_and_zero_switches_it_off(tmp_path):
@@ -239,6 +269,15 @@ def test_a_log_that_cannot_be_written_names_the_last_checkpoint(tmp_path):
 
 def _descriptor_of(path: Path) -> int:
     return next(int(link.name) for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(path))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_progress_bar_is_for_a_terminal_only(tmp_path, monkeypatch, terminal):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    run(tmp_path / "run")
+    assert ("4/4" in stderr.getvalue()) == terminal
 
 
 def test_save_writes_the_last_checkpoint_there_too(tmp_path):
