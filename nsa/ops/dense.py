@@ -122,7 +122,8 @@ def _forward_plain(
     scores, _ = _scores(q, k, scale, causal, mask)
     lse = scores.logsumexp(-1)
     p = torch.exp(scores - lse.nan_to_num(neginf=0.0).unsqueeze(-1))
-    out = p @ v.to(p.dtype)
+    # Dividing by p's own sum takes back the rounding of lse; a row that sees nothing stays 0.
+    out = (p @ v.to(p.dtype)) / p.sum(-1, keepdim=True).clamp(min=0.5)
     return out.view(N, H, T, v.shape[3]).to(q.dtype), lse.view(N, H, T)
 
 

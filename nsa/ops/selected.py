@@ -31,6 +31,7 @@ def _gathered(
     """out [B,T,H,Dv], lse [B,T,H], tokens read [B,G]; plain differentiable torch."""
     B, T, H, D = q.shape
     G, N = blocks.shape[2:]
+    dtype = torch.promote_types(q.dtype, torch.float32)
     t = torch.arange(S - T, S, device=q.device)[None, :, None, None]
     inside = torch.arange(l_sel, device=q.device)
     tokens = (blocks.long().unsqueeze(-1) * l_sel + inside).flatten(3)  # [B,T,G,N*l']
@@ -40,10 +41,10 @@ def _gathered(
 
     def take(x: torch.Tensor) -> torch.Tensor:
         """[B,S,G,D] -> [B,T,G,N*l',D]; index_select's backward is repeatable, and by batch row it copies no cache."""
+        x = x.to(dtype) if x.requires_grad else x  # so that the rows of a token's gradient are summed in fp32
         rows = [one[:S].reshape(S * G, -1).index_select(0, i.flatten()) for one, i in zip(x, index, strict=True)]
         return torch.stack(rows).view(B, T, G, N * l_sel, -1)
 
-    dtype = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("btgrd,btgsd->btgrs", q.to(dtype).unflatten(2, (G, H // G)), take(k).to(dtype)) * D**-0.5
     scores = scores.masked_fill(~valid.unsqueeze(3), float("-inf"))
     lse = scores.logsumexp(-1)
