@@ -74,7 +74,9 @@ def _session(args: argparse.Namespace, book: runbook.Runbook, root: Path) -> int
     except execute.Stopped as stop:
         print(f"ci: {stop}: the running step was ended", file=sys.stderr, flush=True)
         code = session.finish(name, stop.code)
-    publish(root)
+    if problem := publish(root):
+        print(f"ci: {problem}", file=sys.stderr)
+        return session.finish(name, outcome.CONFIGURATION)
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -100,7 +101,7 @@ def run(step: Step, context: Context) -> StepRecord:
             start_new_session=True,
         )
         try:
-            code, peak_mb, timed_out = _wait(process, step, context, clock, err if step.kind == "script" else out)
+            code, used, timed_out = _wait(process, step, context, clock, err if step.kind == "script" else out)
         finally:
             _end_group(process)
     wall = time.monotonic() - clock
@@ -112,7 +113,8 @@ def run(step: Step, context: Context) -> StepRecord:
         exit_code=outcome.TIMED_OUT if timed_out else code,
         timed_out=timed_out,
         oom_killed=_oom_kills() > kills,
-        peak_mb=peak_mb,
+        peak_mb=round(used.ru_maxrss / 1024, 1),
+        cpu_s=round(used.ru_utime + used.ru_stime, 1),
         tail=_tail(context.root, _redirected(step, context), out, err),
         files=_files(step, context),
         env={name: value for name, value in added.items() if name != "PATH"},  # a bundle holds no machine's paths
@@ -154,8 +156,8 @@ def _inherited() -> dict[str, str]:
 
 def _wait(
     process: subprocess.Popen[bytes], step: Step, context: Context, clock: float, log: Path
-) -> tuple[int, float, bool]:
-    """(exit code as a shell gives it, peak MB of the largest process, timed out)."""
+) -> tuple[int, resource.struct_rusage, bool]:
+    """(exit code as a shell gives it, resources used by it and its children, timed out)."""
     beat = clock + HEARTBEAT_S
     timed_out = False
     while True:
@@ -164,7 +166,7 @@ def _wait(
             code = os.waitstatus_to_exitcode(status)
             process.returncode = code  # reaped here for its resource usage; Popen must not wait for it again
             _erase_progress()
-            return (128 - code if code < 0 else code), round(usage.ru_maxrss / 1024, 1), timed_out
+            return (128 - code if code < 0 else code), usage, timed_out
         now = time.monotonic()
         if not timed_out and now - clock > step.timeout:
             timed_out = True

@@ -39,6 +39,7 @@ class FileRecord:
 class StepRecord:
     """One execution of a step. `exit_code` is None where the step was not started; `note` then says why.
 
+    `cpu_s` is the processor time of all its processes: where other work shares the cores, `wall_s` says less.
     `command` is what bash was given; `tail` the last lines of the output; `env` what the harness added.
     """
 
@@ -55,6 +56,7 @@ class StepRecord:
     timed_out: bool = False
     oom_killed: bool = False
     peak_mb: float | None = None
+    cpu_s: float | None = None
     note: str = ""
     tail: list[str] = field(default_factory=list)
     files: list[FileRecord] = field(default_factory=list)

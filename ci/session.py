@@ -7,12 +7,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ci import contract, execute, facts, junit, outcome, preflight
-from ci.outcome import RunResult, StepOutcome
+from ci.outcome import RunResult, StepOutcome, StepRecord
 from ci.runbook import Runbook, Step
 
 MEANING = {
@@ -98,7 +99,7 @@ class Session:
         else:
             record = execute.run(step, context)
         judged = contract.judge_step(step, self.profile, record, self.artifacts)
-        self.say(_line(judged))
+        self.say(_line(judged, record))
         if judged.verdict not in ("PASSED", "SKIPPED"):
             for line in record.tail:
                 self.say(f"      {line}")
@@ -166,24 +167,27 @@ class Session:
 
 def clear_exit(root: Path) -> None:
     """An exit.json always belongs to the session that was started last."""
-    (root / "artifacts" / "exit.json").unlink(missing_ok=True)
+    with suppress(NotADirectoryError):  # preflight names that
+        (root / "artifacts" / "exit.json").unlink(missing_ok=True)
 
 
-def publish(root: Path) -> None:
+def publish(root: Path) -> str:
     """Copies artifacts/ and the bundles to NSA_CI_ARTIFACTS, where that is a folder of its own (a container's mount).
 
-    The runbook's commands write to artifacts/ literally, so the folder itself cannot be another one.
+    The runbook's commands write to artifacts/ literally, so the folder itself cannot be another one. Returns what went
+    wrong, or an empty string.
     """
     named = os.environ.get("NSA_CI_ARTIFACTS", "")
     target = Path(root, named)
     if not named or target.resolve() == (root / "artifacts").resolve():
-        return
+        return ""
     try:
         shutil.copytree(root / "artifacts", target, dirs_exist_ok=True)
         for packed in sorted((root / "dist").glob("nsa-readiness-*.tar.gz")):
             shutil.copy2(packed, target)
     except (OSError, shutil.Error) as error:
-        raise outcome.OutcomeError(f"NSA_CI_ARTIFACTS={named} cannot be written ({error})") from error
+        return f"NSA_CI_ARTIFACTS={named} cannot be written ({error}); name a writable folder"
+    return ""
 
 
 def offline() -> bool:
@@ -191,9 +195,9 @@ def offline() -> bool:
     return os.environ.get("NSA_CI_OFFLINE", "") not in ("", "0")
 
 
-def _line(judged: StepOutcome) -> str:
+def _line(judged: StepOutcome, record: StepRecord) -> str:
     counts = f"{judged.passed} passed, {judged.failed} failed, {judged.skipped} skipped"
-    memory = f", {judged.peak_mb:.0f} MB" if judged.peak_mb else ""
+    memory = f", cpu {record.cpu_s:.0f} s, {judged.peak_mb:.0f} MB" if judged.peak_mb else ""
     reason = f": {judged.reason}" if judged.reason else ""
     return f"  {judged.verdict:8} {judged.id} ({counts}, {judged.wall_s:.1f} s{memory}){reason}"
 
