@@ -5,7 +5,8 @@ made, and raw JUnit, step records, captured output, exit.json, result.json and s
 again over them, gives the verdict that is claimed. So an edit of one part is found, hashes recomputed or not.
 
 What it does not prove is who made the file. Whoever rewrites every part consistently has forged a run; only a signature
-over the bundle's sha256, or the CI provider's attestation of it, tells that apart.
+over the bundle's sha256, or the CI provider's attestation of it, tells that apart. A bundle with a runbook other than
+this checkout's (a note says so) has its regular expressions run: check a stranger's under a time limit.
 """
 
 from __future__ import annotations
