@@ -24,6 +24,7 @@ T = TypeVar("T")
 Row = dict[str, float]
 
 NOT_WRITTEN = "not written"
+SHOWCASE = "train_showcase"
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 MAX_BYTES = 32 * 2**20  # a report reads figures, not data sets
 
@@ -98,10 +99,9 @@ class Evidence:
 
 def collect(artifacts: Path) -> Evidence:
     """Reads what is there; raises nothing for a missing or broken file."""
-    folders = sorted({p.parent.name for p in artifacts.glob("*/metrics.json")} | _csv_folders(artifacts))
-    runs = [_train_run(artifacts, name) for name in folders if not is_backup(name)]
-    if not any(run.name == "train_showcase" for run in runs):
-        runs.insert(0, _train_run(artifacts, "train_showcase"))
+    written = {path.parent.name for name in ("training.csv", "metrics.json") for path in artifacts.glob(f"*/{name}")}
+    others = sorted(name for name in written - {SHOWCASE} if not is_backup(name))
+    runs = [_train_run(artifacts, name) for name in (SHOWCASE, *others)]
     reports = "test-reports"
     return Evidence(
         runs=runs,
@@ -140,6 +140,14 @@ def num(value: float, digits: int = 3) -> str:
     if 1000 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.0f}" if value == int(value) and abs(value) < 1000 else f"{value:.{digits}g}"
+
+
+def against_dense(row: Row) -> str:
+    """How NSA compares with dense attention in a decode row that holds both, whoever wins."""
+    dense, ratio = num(row["ms_dense"]), row["ms_dense"] / row["ms_total"] if row["ms_total"] > 0 else math.inf
+    if ratio >= 1:
+        return f"{num(ratio, 2)}x faster than dense ({dense} ms)"
+    return f"{num(1 / ratio, 2)}x slower than dense ({dense} ms)"
 
 
 def duration(seconds: float) -> str:
@@ -202,20 +210,16 @@ def _table(value: Any) -> dict[str, Any]:
 
 
 def _train_figures(run: TrainRun) -> list[Figure]:
-    where = "" if run.name == "train_showcase" else f" ({run.name})"
+    where = "" if run.name == SHOWCASE else f" ({run.name})"
     rows = run.rows.value
     if not rows:
         return [Figure(f"training loss{where}", run.rows.problem, run.rows.path)]
     first, last = rows[0], rows[-1]
-    note = f"first to last, {num(last['step'])} steps"
+    rate = sorted(row["toks_per_s"] for row in rows)[len(rows) // 2]
+    note = f"{num(last['step'])} steps at {num(rate)} toks/s"
     if run.val.value:
         note += f"; validation {num(run.val.value[-1]['val_loss'], 4)}"
-    rate = sorted(row["toks_per_s"] for row in rows)[len(rows) // 2]
-    figures = [
-        Figure(f"training loss{where}", f"{num(first['loss'], 4)} → {num(last['loss'], 4)}", note),
-        Figure(f"training speed{where}", f"{num(rate)} toks/s", f"median of {len(rows)} log rows"),
-    ]
-    return figures
+    return [Figure(f"training loss{where}", f"{num(first['loss'], 4)} → {num(last['loss'], 4)}", note)]
 
 
 def _decode_figures(decode: Found[list[Row]]) -> list[Figure]:
@@ -223,8 +227,8 @@ def _decode_figures(decode: Found[list[Row]]) -> list[Figure]:
         return [Figure("decode", decode.problem, decode.path)]
     row = max(decode.value, key=lambda r: r["S"])
     note = f"one token at S = {num(row['S'])}"
-    if "speedup" in row and "ms_dense" in row:
-        note += f"; dense {num(row['ms_dense'])} ms, {num(row['speedup'])}x"
+    if row.get("ms_dense", 0) > 0:
+        note += f"; {against_dense(row)}"
     return [Figure("decode", f"{num(row['ms_total'])} ms", note)]
 
 
@@ -238,10 +242,6 @@ def _demo_figure(demo: Found[dict[str, str]]) -> Figure:
         same = int(expected) == int(said["reads_total"])
         reads += ", as expected" if same else f", expected {int(expected):,}"
     return Figure("long context", time, f"prefill of S = {said.get('S', '?')} tokens; {reads}")
-
-
-def _csv_folders(artifacts: Path) -> set[str]:
-    return {p.parent.name for p in artifacts.glob("*/training.csv")}
 
 
 def _train_run(artifacts: Path, name: str) -> TrainRun:

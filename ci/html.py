@@ -115,7 +115,7 @@ def _loss_plot(run: ev.TrainRun) -> Plot:
     verb = "falls" if last < first else "does not fall"
     says = f"Loss {verb}: {ev.num(first, 4)} to {ev.num(last, 4)} in {ev.num(rows[-1]['step'])} steps"
     says += f", {ev.num(val[-1]['val_loss'], 4)} on held-out text." if val else "."
-    name = "Training" if run.name == "train_showcase" else f"Training, {run.name}"
+    name = "Training" if run.name == ev.SHOWCASE else f"Training, {run.name}"
     return Plot(name, Markup(plots.loss(rows, val, run.name)), says, last < first)
 
 
@@ -124,7 +124,7 @@ def _decode_plot(rows: list[ev.Row]) -> Plot:
     growth = last["ms_total"] / first["ms_total"] if first["ms_total"] else 0.0
     says = f"From {ev.num(first['S'])} to {ev.num(last['S'])} tokens NSA takes {ev.num(growth, 2)}x the time"
     if first.get("ms_dense") and last.get("ms_dense"):
-        says += f", dense {ev.num(last['ms_dense'] / first['ms_dense'], 2)}x"
+        says += f", dense {ev.num(last['ms_dense'] / first['ms_dense'], 2)}x; at the end it is {ev.against_dense(last)}"
     return Plot("Decode, one token", Markup(plots.decode_time(rows)), says + ".")
 
 

@@ -45,8 +45,7 @@ def test_ready_says_so(run: Run) -> None:
 def test_figures_environment_and_paths_are_there(run: Run) -> None:
     text = render_markdown(run.result, run.artifacts)
     for fact in (
-        "| training loss | 5.526 → 2.62 |",
-        "toks/s",
+        "| training loss | 5.526 → 2.62 | 200 steps at 3,200 toks/s; validation 2.79 |",
         "| 4,096 | 2.4 | 0.65 | 0.8 | 0.5 | 7.2 | 3.6 | 1,791 | 1,791 |",
         "| long context | 48 s | prefill of S = 65536 tokens; 428,367,872 reads, as expected |",
         "| torch | 2.13.0+cpu |",
@@ -58,6 +57,19 @@ def test_figures_environment_and_paths_are_there(run: Run) -> None:
         "| correct | maths | ✅ PASSED | 2 | 0 | 1 | 12.5 | 210 | needs CUDA |",
     ):
         assert fact in text, fact
+
+
+@pytest.mark.parametrize(
+    ("dense", "shown"), [(7.2, "3x faster than dense (7.2 ms)"), (0.6, "4x slower than dense (0.6 ms)")]
+)
+def test_decode_says_who_wins(dense: float, shown: str) -> None:
+    assert evidence.against_dense({"ms_total": 2.4, "ms_dense": dense}) == shown
+
+
+def test_the_showcase_comes_before_other_training(run: Run) -> None:
+    run.write("ddp_cpu/training.csv", "step,loss,lr,toks_per_s\n1,5,1,1\n2,4,1,1\n")
+    text = render_markdown(run.result, run.artifacts)
+    assert text.index("| training loss |") < text.index("| training loss (ddp_cpu) | 5 → 4 |")
 
 
 def test_counts_that_differ_from_the_expected_are_shown(run: Run) -> None:
