@@ -241,7 +241,7 @@ def _demo_figure(demo: Found[dict[str, str]]) -> Figure:
     if (expected := said.get("reads_expected", "")).isdecimal():
         same = int(expected) == int(said["reads_total"])
         reads += ", as expected" if same else f", expected {int(expected):,}"
-    return Figure("long context", time, f"prefill of S = {said.get('S', '?')} tokens; {reads}")
+    return Figure("long context", time, f"prefill of {num(int(said['S']))} tokens; {reads}")
 
 
 def _train_run(artifacts: Path, name: str) -> TrainRun:
@@ -347,7 +347,7 @@ def _demo(path: Path) -> dict[str, str]:
     device = re.search(r"^device:\s*(.+)$", body, re.MULTILINE)
     if device:
         said["device"] = device[1].strip()
-    for name, number in (("prefill_time_ms", float), ("reads_total", int)):
+    for name, number in (("S", int), ("prefill_time_ms", float), ("reads_total", int)):
         try:
             number(said[name])
         except (KeyError, ValueError):

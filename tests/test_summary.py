@@ -47,7 +47,7 @@ def test_figures_environment_and_paths_are_there(run: Run) -> None:
     for fact in (
         "| training loss | 5.526 → 2.62 | 200 steps at 3,200 toks/s; validation 2.79 |",
         "| 4,096 | 2.4 | 0.65 | 0.8 | 0.5 | 7.2 | 3.6 | 1,791 | 1,791 |",
-        "| long context | 48 s | prefill of S = 65536 tokens; 428,367,872 reads, as expected |",
+        "| long context | 48 s | prefill of 65,536 tokens; 428,367,872 reads, as expected |",
         "| torch | 2.13.0+cpu |",
         "| GPU | none |",
         "| CPU | Fixture CPU 9000 |",
@@ -97,7 +97,11 @@ def test_an_empty_folder_is_reported_as_not_written(run: Run, tmp_path: Path) ->
         ("train_showcase/metrics.json", b"{", "not JSON"),
         ("test-reports/routing.json", b"[1]", "a JSON list, not an object"),
         ("test-reports/demo_64k.txt", b"killed\n", "no line '-- demo_64k summary --'"),
-        ("test-reports/demo_64k.txt", b"-- demo_64k summary --\nprefill_time_ms=x\n", "no number prefill_time_ms="),
+        (
+            "test-reports/demo_64k.txt",
+            b"-- demo_64k summary --\nS=64 prefill_time_ms=x\n",
+            "no number prefill_time_ms=",
+        ),
         ("test-reports/needle.json", b'[{"S": 1}]', "lacks 'depth'"),
         ("test-reports/needle.json", b'[{"S": 1, "depth": "a", "score": 1}]', "a cell is not numbers"),
         ("test-reports/kernels.json", b'{"kernels": []}', "no list of objects"),
