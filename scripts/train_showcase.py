@@ -10,11 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import argparse
 import os
 
+EPILOG = """Every other setting is a key of the config: --set train.lr=1e-3.
+Exit: 0 done; 1 the loss stopped being finite, or the disk is full; 2 a setting, the data or a checkpoint
+cannot be used; 143 and 130 after SIGTERM and Ctrl-C, with a checkpoint to --resume from."""
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="Every other setting is a key of the config: --set train.lr=1e-3."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     parser.add_argument("--dataset", choices=["synthetic", "text", "fineweb_edu", "fineweb_edu_local"])
     parser.add_argument("--local-path", metavar="PATH", help="file, folder or glob to train on")
     parser.add_argument("--steps", type=int, help="optimizer steps")

@@ -34,18 +34,15 @@ def text(tmp_path_factory):
 
 def a_config(out_dir, text, **loop):
     """Text, accumulation, validation and a schedule: everything whose position a checkpoint must hold."""
-    loop = {
-        **{"steps": STEPS, "seq_len": 32, "batch_size": 4, "accumulate_grad_batches": 2, "lr": 5e-3},
-        **{"warmup_steps": 2, "save_every": 3, "eval_every": 2, "eval_batches": 2, "seed": 5, "log_every": 1},
-        **loop,
-    }
+    step = {"seq_len": 32, "batch_size": 4, "accumulate_grad_batches": 2, "lr": 5e-3, "warmup_steps": 2, "seed": 5}
+    cadence = {"steps": STEPS, "save_every": 3, "eval_every": 2, "eval_batches": 2, "log_every": 1}
     return config.build(
         {
             "model": {"dim": 16, "n_heads": 2, "n_kv_groups": 1, "d_k": 8, "d_v": 8},
             "nsa": {"l": 4, "d": 2, "l_sel": 4, "n_sel": 3, "w": 8, "phi": "mlp"},
             "data": {"dataset": "text", "path": str(text)},
             "runtime": {"device": "cpu"},
-            "train": {**loop, "out_dir": str(out_dir)},
+            "train": {**step, **cadence, **loop, "out_dir": str(out_dir)},
         }
     )
 

@@ -23,18 +23,15 @@ STEPS = 6
 
 
 def a_config(out_dir, **loop):
-    loop = {
-        **{"steps": STEPS, "seq_len": 32, "batch_size": 4, "accumulate_grad_batches": 2, "lr": 5e-3, "log_every": 1},
-        **{"save_every": 3, "eval_every": 3, "eval_batches": 2, "seed": 5},
-        **loop,
-    }
+    step = {"seq_len": 32, "batch_size": 4, "accumulate_grad_batches": 2, "lr": 5e-3, "seed": 5}
+    cadence = {"steps": STEPS, "save_every": 3, "eval_every": 3, "eval_batches": 2, "log_every": 1}
     return config.build(
         {
             "model": {"vocab_size": 64, "dim": 16, "n_heads": 2, "n_kv_groups": 1, "d_k": 8, "d_v": 8},
             "nsa": {"l": 4, "d": 2, "l_sel": 4, "n_sel": 3, "w": 8, "phi": "mlp"},
             "data": {"dataset": "synthetic"},
             "runtime": {"device": "cpu", "gradient_checkpointing": True},
-            "train": {**loop, "out_dir": str(out_dir)},
+            "train": {**step, **cadence, **loop, "out_dir": str(out_dir)},
         }
     )
 
@@ -88,12 +85,14 @@ def test_two_ranks_repeat_one_process(tmp_path):
         f"step {n:04d}" for n in range(1, STEPS + 1)
     ]
     files = sorted(file.name for file in (tmp_path / "two").iterdir() if file.is_file())
-    assert files == sorted(
-        [
-            *("checkpoint_000003.pt", "checkpoint_000006.pt", "env.json", "metrics.json", "training.csv", "val.csv"),
-            *("heartbeat_rank0.jsonl", "heartbeat_rank1.jsonl"),
-        ]
-    )
+    kept = [
+        "checkpoint_000003.pt",
+        "checkpoint_000006.pt",
+        "env.json",
+        "heartbeat_rank0.jsonl",
+        "heartbeat_rank1.jsonl",
+    ]
+    assert files == [*kept, "metrics.json", "training.csv", "val.csv"]
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (metrics["world_size"], metrics["batch_global"], metrics["tokens"]) == (2, 8, STEPS * 8 * 32)
     ours, theirs = (checkpoint.load(checkpoint.path_of(tmp_path / name, STEPS)) for name in ("two", "one"))

@@ -23,9 +23,8 @@ def test_the_125m_config_builds_its_model():
         parameters = sum(p.numel() for p in Transformer(cfg.model).parameters())
     assert abs(parameters / 123.9e6 - 1) < 0.01, parameters
     assert (cfg.model.dim, cfg.model.n_layers, cfg.model.n_heads, cfg.model.hidden_dim) == (768, 12, 12, 2304)
-    assert (cfg.model.nsa.l, cfg.model.nsa.d, cfg.model.nsa.l_sel, cfg.model.nsa.n_sel, cfg.model.nsa.w) == (
-        *(32, 16, 64, 16, 512),
-    )
+    sparse = cfg.model.nsa
+    assert (sparse.l, sparse.d, sparse.l_sel, sparse.n_sel, sparse.w) == (32, 16, 64, 16, 512)
     assert (cfg.data.tokenizer, cfg.runtime.precision, cfg.train.seq_len) == ("gpt2", "bf16", 4096)
 
 

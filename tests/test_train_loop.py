@@ -210,16 +210,25 @@ def test_a_non_finite_loss_stops_and_names_the_step_and_the_last_good_checkpoint
 
 def test_a_rerun_moves_the_old_run_aside_and_loses_nothing(tmp_path, capsys):
     out = tmp_path / "run"
-    (out).mkdir()
+    out.mkdir()
     for n in range(8):
         run(out, steps=1, seed=n)
-        (out / "note.txt").write_text(str(n)) if n == 0 else None
+        if n == 0:
+            (out / "note.txt").write_text("mine")
     aside = sorted(tmp_path.glob("run.*"), key=lambda folder: int(folder.suffix[1:]))
     assert [folder.name for folder in aside] == [f"run.{n}" for n in range(1, 8)]
     assert all((folder / "checkpoint_000001.pt").is_file() for folder in aside)
     assert [(folder / "training.csv").is_file() for folder in aside] == [False, False, *5 * [True]]
-    assert (tmp_path / "run.1" / "note.txt").read_text() == "0", "what is not the run's own stays"
+    assert (tmp_path / "run.1" / "note.txt").read_text() == "mine", "what is not the run's own stays"
     assert "run held a run: it is now" in capsys.readouterr().err
+
+
+def test_text_too_short_to_hold_any_out_is_said_once(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a short text " * 20)
+    cfg = tiny(tmp_path / "run", data={"dataset": "text", "path": str(tmp_path / "a.txt")}, eval_every=1)
+    train(config.build({**cfg.as_dict(), "model": {**cfg.as_dict()["model"], "vocab_size": 256}}), emit=quiet)
+    assert capsys.readouterr().err.count("no held-out window of 32 tokens: no val.csv") == 1
+    assert not (tmp_path / "run" / "val.csv").exists()
 
 
 def test_a_folder_of_other_things_is_left_where_it_is(tmp_path):
@@ -291,9 +300,9 @@ def test_save_writes_the_last_checkpoint_there_too(tmp_path):
 # --- the script ---
 
 
-def showcase(*arguments, cwd, **environment):
+def showcase(arguments, cwd, **environment):
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "train_showcase.py"), *arguments],
+        [sys.executable, str(ROOT / "scripts" / "train_showcase.py"), *arguments.split()],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -310,15 +319,14 @@ def write_config(path: Path, **settings) -> str:
 def test_the_script_takes_the_documented_flags_and_prints_log_lines_only(tmp_path):
     path = write_config(tmp_path / "c.yaml")
     done = showcase(
-        *("--dataset", "synthetic", "--steps", "3", "--seq-len", "24", "--batch-size", "2", "--accum-batches", "2"),
-        *("--ddp", "-1", "--save", "last.pt", "--set", "train.log_every=1", "--set", "train.lr=1e-3"),
+        "--dataset synthetic --steps 3 --seq-len 24 --batch-size 2 --accum-batches 2 --ddp -1 --save last.pt "
+        "--set train.log_every=1 --set train.lr=1e-3",
         cwd=tmp_path,
         CONFIG=path,
     )
     assert done.returncode == 0, done.stderr
-    assert [line.partition(" |")[0] for line in done.stdout.splitlines() if "| loss" in line] == [
-        *("step 0001", "step 0002", "step 0003"),
-    ]
+    steps = [line.partition(" |")[0] for line in done.stdout.splitlines() if "| loss" in line]
+    assert steps == ["step 0001", "step 0002", "step 0003"]
     assert all(line.startswith("step 000") for line in done.stdout.splitlines())
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["steps"], metrics["seq_len"], metrics["batch_global"], metrics["lr"]) == (3, 24, 4, 1e-3)

@@ -23,9 +23,16 @@ FORMAT = "nsa-train-1"
 _NAME = re.compile(r"checkpoint_(\d+)\.pt")
 # What may differ between a run and its continuation without changing what is learned.
 _FREE = {
-    *("runtime.device", "runtime.gradient_checkpointing", "runtime.ddp"),
-    *("train.log_every", "train.eval_every", "train.eval_batches", "train.save_every"),
-    *("train.out_dir", "train.resume", "train.save"),
+    "runtime.device",
+    "runtime.gradient_checkpointing",
+    "runtime.ddp",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.save_every",
+    "train.out_dir",
+    "train.resume",
+    "train.save",
 }
 
 

@@ -117,8 +117,11 @@ class _Run:
             raise UsageError(f"train.save = {cfg.train.save}: is a directory; name the file to write")
         self.source: Source = open_data(cfg, world)
         self._build()
-        self.resumed = self._resume()
-        world.on_main(lambda: prepare(self.out_dir, self.resumed))
+        resumed = self._resume()
+        self.latest = resumed[0] if resumed else self.out_dir
+        self.since = _Meter()
+        self.silent = False
+        world.on_main(lambda: prepare(self.out_dir, resumed))
 
     def _build(self) -> None:
         """The same weights on every rank, then generators that differ by rank."""
@@ -162,27 +165,33 @@ class _Run:
         try:
             self._write_environment()
             self.log.heartbeat("start", self.step)
-            path, signum = self.resumed[0] if self.resumed else self.out_dir, 0
-            since, saved = _Meter(), -1
+            signum = 0
             while self.step < train.steps and not signum:
                 row, norm, signum = self._train_step()
-                since.add(row, self._tokens_per_step)
-                self.log.row(row)
-                last = self.step == train.steps or signum
-                if self.step == 1 or self.step % train.log_every == 0 or last:
-                    self.log.line(since.row(), grad=f"{norm:.3f}")
-                    since = _Meter()
-                if train.eval_every and (self.step % train.eval_every == 0 or self.step == train.steps):
+                done = self.step == train.steps
+                self._report(row, norm, last=done or signum != 0)
+                if train.eval_every and (self.step % train.eval_every == 0 or done):
                     self._validate()
-                if last or (train.save_every and self.step % train.save_every == 0):
-                    path, saved = self._save(checkpoint.path_of(self.out_dir, self.step)), self.step
-            if train.save is not None and saved == self.step:
-                self._save(Path(train.save))
-            self._write_metrics(path, signum)
+                if done or signum or (train.save_every and self.step % train.save_every == 0):
+                    self.latest = checkpoint.path_of(self.out_dir, self.step)
+                    self._save(self.latest)
+                if train.save is not None and (done or signum):
+                    self._save(Path(train.save))
+            self._write_metrics(signum)
             self.log.heartbeat("end", self.step)
         finally:
             self.log.close()
-        return TrainResult(self.step, self.history["loss_first"], self.history["loss_last"], path, signum or None)
+        return TrainResult(
+            self.step, self.history["loss_first"], self.history["loss_last"], self.latest, signum or None
+        )
+
+    def _report(self, row: TrainRow, norm: float, *, last: bool) -> None:
+        """Every step's row; a log line when one is due, with the speed since the one before."""
+        self.since.add(row, self._tokens_per_step)
+        self.log.row(row)
+        if self.step == 1 or self.step % self.cfg.train.log_every == 0 or last:
+            self.log.line(self.since.row(), grad=f"{norm:.3f}")
+            self.since = _Meter()
 
     @property
     def _tokens_per_step(self) -> int:
@@ -259,8 +268,11 @@ class _Run:
             mean = loss_all / tokens_all
             self.history["val_loss"] = mean
             self.log.validation(ValRow(self.step, mean, math.exp(min(mean, 700.0))))
+        elif self.world.is_main and not self.silent:
+            self.silent = True
+            say(f"no held-out window of {self.cfg.train.seq_len} tokens: no val.csv; raise data.val_fraction")
 
-    def _save(self, path: Path) -> Path:
+    def _save(self, path: Path) -> None:
         """Rank 0 writes; every rank gives its generators and data position, and learns of a failure."""
         mine = {"rng": checkpoint.rng_state(self.world.device), "data": self.source.state_dict()}
         ranks = self.world.gather(mine)
@@ -280,14 +292,13 @@ class _Run:
 
         self.world.on_main(write)
         self.log.saved(self.step, path)
-        return path
 
     def _write_environment(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
         facts = {**environment(self.world), "parameters": parameters, "data": self.source.summary}
         self.log.document("env.json", {**facts, "config": self.cfg.as_dict()})
 
-    def _write_metrics(self, path: Path, signum: int) -> None:
+    def _write_metrics(self, signum: int) -> None:
         train, history = self.cfg.train, self.history
         metrics = {
             "device": str(self.world.device),
@@ -303,7 +314,7 @@ class _Run:
             "tokens": history["tokens"],
             "world_size": self.world.size,
             "peak_memory": peak_memory(self.world.device),
-            "checkpoint": str(path),
+            "checkpoint": str(self.latest),
             "ended": signal.Signals(signum).name if signum else "finished",
         }
         self.log.document("metrics.json", metrics)
