@@ -132,7 +132,6 @@ def _unpack(path: Path, root: Path) -> tuple[str, dict[str, str], str]:
     """Writes the members below root; the top folder's name, path to sha256 of each, sha256 of the whole stream."""
     tops: set[str] = set()
     digests: dict[str, str] = {}
-    folded: set[str] = set()
     total = 0
     try:
         with gzip.open(path) as packed:
@@ -142,11 +141,10 @@ def _unpack(path: Path, root: Path) -> tuple[str, dict[str, str], str]:
                     top, name = _safe_name(info)
                     tops.add(top)
                     total += info.size
-                    if name.casefold() in folded:
+                    if name in digests:
                         raise Refused(f"{name}: there twice")
                     if len(digests) >= MAX_MEMBERS or info.size > MAX_MEMBER or total > MAX_TOTAL:
                         raise Refused(f"{name}: over the limit of {MAX_MEMBERS} files, {MAX_MEMBER} bytes a file")
-                    folded.add(name.casefold())
                     digests[name] = _write(tar, info, root / name)
             if _rest(stream):
                 raise Refused(f"{path.name}: data behind the end of the archive")
@@ -167,7 +165,7 @@ def _safe_name(info: tarfile.TarInfo) -> tuple[str, str]:
     parts = name.split("/")
     if ".." in parts:
         raise Refused(f"{shown}: leaves its folder by `..`")
-    if "" in parts or "." in parts or "\\" in name or not name.isprintable() or len(name) > 1000:
+    if "" in parts or "." in parts or "\\" in name or not name.isprintable() or _too_long(parts):
         raise Refused(f"{shown}: not a plain relative path")
     if info.issym() or info.islnk():
         raise Refused(f"{shown}: a link")
@@ -176,6 +174,10 @@ def _safe_name(info: tarfile.TarInfo) -> tuple[str, str]:
     if len(parts) < 2:
         raise Refused(f"{shown}: outside the bundle's folder")
     return parts[0], "/".join(parts[1:])
+
+
+def _too_long(parts: list[str]) -> bool:
+    return len(parts) > 50 or any(len(part.encode()) > 255 for part in parts)
 
 
 def _write(tar: tarfile.TarFile, info: tarfile.TarInfo, target: Path) -> str:

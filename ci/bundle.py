@@ -78,7 +78,7 @@ def _contents(artifacts: Path, result: RunResult, runbook: Path) -> tuple[dict[s
         if reason == CHECKPOINT:
             checkpoints.append({"path": name, "size": path.stat().st_size, "sha256": digest(path)})
         elif reason:
-            left_out.append({"path": name, "why": reason})
+            left_out.append({"path": name.encode(errors="replace").decode(), "why": reason})
         elif name != RESULT and path.name != ".gitkeep":
             original = _read(path, name)
             members[name] = _clean(redactor, name, original)
@@ -115,6 +115,8 @@ def _contents(artifacts: Path, result: RunResult, runbook: Path) -> tuple[dict[s
 def _left_out(path: Path, name: str, since: float) -> str:
     """Why a file of artifacts/ is not packed; empty if it is. What a user puts into tracked/ always is."""
     parts = name.split("/")[1:]
+    if not name.isprintable() or "\\" in name:
+        return "its name has characters that no archive keeps; rename it"
     if path.is_symlink():
         return "a symbolic link"
     if not path.is_file():

@@ -131,14 +131,19 @@ def test_what_is_not_of_this_run_is_left_out_and_named(run: Run) -> None:
     os.utime(run.write("tracked/old.txt", "kept"), (STARTED - 60, STARTED - 60))
     (run.artifacts / "bench" / "link").symlink_to("/etc/hostname")
     run.write("nsa-readiness-000000000000-cpu-r0.tar.gz", "an earlier one")
+    run.write("tracked/two\nlines", "")
+    (run.artifacts / "tracked" / os.fsdecode(b"\xff")).write_text("")
     members = unpack(pack(run))
     manifest = json.loads(next(data for name, data in members.items() if name.endswith("/manifest.json")))
     assert {entry["path"]: entry["why"] for entry in manifest["left_out"]} == {
         "artifacts/bench/link": "a symbolic link",
         "artifacts/bench/old.csv": "older than this run",
         "artifacts/nsa-readiness-000000000000-cpu-r0.tar.gz": "a bundle",
+        "artifacts/tracked/two\nlines": "its name has characters that no archive keeps; rename it",
+        "artifacts/tracked/?": "its name has characters that no archive keeps; rename it",
         "artifacts/train_showcase.1/training.csv": "an earlier training run",
     }
+    assert bundle.verify(run.root / "out" / bundle.bundle_name(run.result)).ok
     assert any(name.endswith("tracked/old.txt") for name in members)
 
 
@@ -318,6 +323,8 @@ def not_a_tar(path: Path) -> Path:
         (with_member("other/file"), "2 top folders"),
         (with_member("{top}/artifacts/bench/decode.csv/x"), "one member is the folder of another"),
         (with_member("{top}/artifacts\\x"), "not a plain relative path"),
+        (with_member("{top}/" + "x" * 300), "not a plain relative path"),
+        (with_member("{top}/" + "x/" * 60 + "y"), "not a plain relative path"),
         (hide, "holds bytes that belong to none of its files"),
         (truncate, r"truncated or not a \.tar\.gz"),
         (append, r"truncated or not a \.tar\.gz"),
