@@ -44,6 +44,24 @@ def compressed_attention_reference(
     return out.flatten(2, 3).to(q.dtype), lse.flatten(2, 3).detach()
 
 
+def _reference(
+    q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, cfg: NSAConfig, S: int, rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The reference's output and lse, and the blocks read; ragged rows one by one."""
+    T = q.shape[1]
+    if rows is None:
+        out, lse = compressed_attention_reference(q, k_cmp, v_cmp, cfg, seq_len=S)
+        return out, lse, visible_blocks(T, S, cfg, q.device).sum().expand(q.shape[0], k_cmp.shape[2])
+
+    def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
+        row = slice(b, b + 1)
+        out, lse, count = _reference(q[row, T - t :], k_cmp[row], v_cmp[row], cfg, S, None)
+        return pad_front(out, T, 0.0), pad_front(lse, T, float("-inf")), count
+
+    out, lse, count = each_row(one, T, rows)
+    return out, lse, count
+
+
 def compressed_attention(
     q: torch.Tensor,
     k_cmp: torch.Tensor,
@@ -71,9 +89,8 @@ def compressed_attention(
             f"compressed_attention: {k_cmp.shape[1]} compressed keys, but seq_len = {S} has "
             f"{n_compressed(S, cfg)} blocks"
         )
-    if backend == "reference" and rows is None:
-        out, lse = compressed_attention_reference(q, k_cmp, v_cmp, cfg, seq_len=S)
-        count = visible_blocks(q.shape[1], S, cfg, q.device).sum().expand(q.shape[0], k_cmp.shape[2])
+    if backend == "reference":
+        out, lse, count = _reference(q, k_cmp, v_cmp, cfg, S, rows)
     else:
         out, lse, count = _attend(q, k_cmp, v_cmp, cfg.l, cfg.d, S, rows, reads is not None, backend)
     if reads is not None:

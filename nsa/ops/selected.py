@@ -61,6 +61,30 @@ def selected_attention_reference(
     return _gathered(q, k, v, blocks, cfg.l_sel, seq_len)[0]
 
 
+def _reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    l_sel: int,
+    S: int,
+    rows: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's output and the tokens read; ragged rows one by one."""
+    if rows is None:
+        out, _, count = _gathered(q, k, v, blocks, l_sel, S)
+        return out, count
+    T = q.shape[1]
+
+    def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
+        row, last = slice(b, b + 1), slice(T - t, T)
+        out, _, count = _gathered(q[row, last], k[row], v[row], blocks[row, last], l_sel, S)
+        return pad_front(out, T, 0.0), count
+
+    out, count = each_row(one, T, rows)
+    return out, count
+
+
 def selected_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -91,8 +115,8 @@ def selected_attention(
         )
     if rows is None and k.shape[1] < S:
         raise ValueError(f"selected_attention: seq_len = {S} but k holds {k.shape[1]} positions")
-    if backend == "reference" and rows is None:
-        out, _, count = _gathered(q, k, v, blocks, cfg.l_sel, S)
+    if backend == "reference":
+        out, count = _reference(q, k, v, blocks, cfg.l_sel, S, rows)
     else:
         out, _, count = _attend(q, k, v, blocks, cfg.l_sel, S, rows, reads is not None, backend)
     if reads is not None:

@@ -73,6 +73,22 @@ def select_blocks_reference(
     return top_blocks(scores, t, cfg.l_sel, cfg.n_sel, cfg.init_blocks, cfg.local_blocks)
 
 
+def _reference(
+    q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor, cfg: NSAConfig, S: int, rows: torch.Tensor | None
+) -> torch.Tensor:
+    """The reference's choice; ragged rows one by one."""
+    if rows is None:
+        return select_blocks_reference(q, k_cmp, lse, cfg, seq_len=S)
+    T = q.shape[1]
+
+    def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
+        row, last = slice(b, b + 1), slice(T - t, T)
+        return (pad_front(select_blocks_reference(q[row, last], k_cmp[row], lse[row, last], cfg, seq_len=S), T, -1),)
+
+    (blocks,) = each_row(one, T, rows)
+    return blocks
+
+
 def select_blocks(
     q: torch.Tensor,
     k_cmp: torch.Tensor,
@@ -93,8 +109,8 @@ def select_blocks(
     if lse.shape != q.shape[:3]:
         raise ValueError(f"select_blocks: lse has shape {tuple(lse.shape)}; expected {tuple(q.shape[:3])}")
     q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
-    if backend == "reference" and rows is None:
-        return select_blocks_reference(q, k_cmp, lse, cfg, seq_len=S)
+    if backend == "reference":
+        return _reference(q, k_cmp, lse, cfg, S, rows)
     pattern = (cfg.l, cfg.d, cfg.l_sel, cfg.n_sel, cfg.init_blocks, cfg.local_blocks)
     return _select(q, k_cmp, lse, *pattern, S, rows, backend)
 

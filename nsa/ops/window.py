@@ -29,6 +29,26 @@ def sliding_window_attention_reference(
     return torch.einsum("btgrs,bsgd->btgrd", p, v.to(dtype)).flatten(2, 3).to(q.dtype)
 
 
+def _reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cfg: NSAConfig, S: int, rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's output and the tokens read; ragged rows one by one."""
+    T = q.shape[1]
+    if rows is None:
+        t = torch.arange(S - T, S, device=q.device)
+        s = torch.arange(max(S - k.shape[1], 0), S, device=q.device)
+        count = _visible(t, s, cfg.w).sum().expand(q.shape[0], k.shape[2])
+        return sliding_window_attention_reference(q, k, v, cfg, seq_len=S), count
+
+    def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
+        row = slice(b, b + 1)
+        out, count = _reference(q[row, T - t :], k[row], v[row], cfg, S, None)
+        return pad_front(out, T, 0.0), count
+
+    out, count = each_row(one, T, rows)
+    return out, count
+
+
 def sliding_window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -55,11 +75,8 @@ def sliding_window_attention(
             f"sliding_window_attention: {k.shape[1]} keys, but {T} queries with w = {cfg.w} need "
             f"{min(S, cfg.w + T - 1)}"
         )
-    if backend == "reference" and rows is None:
-        out = sliding_window_attention_reference(q, k, v, cfg, seq_len=S)
-        first = max(S - k.shape[1], 0)
-        t, s = torch.arange(S - T, S, device=q.device), torch.arange(first, S, device=q.device)
-        count = _visible(t, s, cfg.w).sum().expand(q.shape[0], k.shape[2])
+    if backend == "reference":
+        out, count = _reference(q, k, v, cfg, S, rows)
     else:
         out, _, count = _attend(q, k, v, cfg.w, S, rows, reads is not None, backend)
     if reads is not None:

@@ -152,8 +152,9 @@ def test_window_reads_are_the_tokens_in_it(cfg, T, backend):
         assert torch.equal(reads, oracle.count(oracle.seen_window(T, 2, 2, cfg, S)))
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("T", [1, 9])
-def test_ragged_rows_count_their_own_reads(T):
+def test_ragged_rows_count_their_own_reads(T, backend):
     cfg, lengths = shapes.PATTERNS["small"], [65, 9, 33]
     S = max(lengths)
     q, k, v = inputs(3, T, S)
@@ -161,9 +162,9 @@ def test_ragged_rows_count_their_own_reads(T):
     chosen = torch.cat([fixed_selection(1, T, 2, length, cfg) for length in lengths])
     C = len(oracle.compressed_spans(S, cfg))
     reads = torch.zeros(3, 3, 2, dtype=torch.int64)
-    compressed_attention(q, k[:, :C], v[:, :C], cfg, seq_len=seq_len, reads=reads[0])
-    selected_attention(q, k, v, chosen, cfg, seq_len=seq_len, reads=reads[1])
-    sliding_window_attention(q, k, v, cfg, seq_len=seq_len, reads=reads[2])
+    compressed_attention(q, k[:, :C], v[:, :C], cfg, seq_len=seq_len, reads=reads[0], backend=backend)
+    selected_attention(q, k, v, chosen, cfg, seq_len=seq_len, reads=reads[1], backend=backend)
+    sliding_window_attention(q, k, v, cfg, seq_len=seq_len, reads=reads[2], backend=backend)
     assert torch.equal(reads[0], oracle.count(oracle.seen_compressed(T, 3, 2, cfg, lengths)))
     assert torch.equal(reads[1], oracle.count(oracle.seen_selected(chosen, cfg, lengths)))
     assert torch.equal(reads[2], oracle.count(oracle.seen_window(T, 3, 2, cfg, lengths)))

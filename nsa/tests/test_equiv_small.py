@@ -103,6 +103,34 @@ def test_window_equals_the_loop(cfg, B, T, S, shape):
     )
 
 
+@every_pair
+def test_the_references_equal_what_is_routed_to(cfg, B, T, S, shape):
+    """The readable forms of the other ops are as right as the loop that the routed ones are compared with."""
+    q, k, v = _compressed(B, S, cfg, shape, seed=S)
+    q = q[:, S - T :]
+    routed, reference = (
+        compressed_attention(q, k, v, cfg, seq_len=S, backend=backend) for backend in (None, "reference")
+    )
+    torch.testing.assert_close(routed, reference, rtol=1e-12, atol=1e-12)
+    choices = [select_blocks(q, k, routed[1], cfg, seq_len=S, backend=backend) for backend in (None, "reference")]
+    assert torch.equal(*choices)
+    assert_same(
+        lambda q, k, v: compressed_attention(q, k, v, cfg, seq_len=S)[0],
+        lambda q, k, v: compressed_attention(q, k, v, cfg, seq_len=S, backend="reference")[0],
+        q,
+        k,
+        v,
+    )
+    q, k, v = inputs(B, T, S, **shape, seed=S + 3)
+    assert_same(
+        lambda q, k, v: sliding_window_attention(q, k, v, cfg),
+        lambda q, k, v: sliding_window_attention(q, k, v, cfg, backend="reference"),
+        q,
+        k,
+        v,
+    )
+
+
 @pytest.mark.parametrize("T", [1, 3, 64])
 def test_the_window_needs_no_more_than_its_own_keys(T):
     cfg, S = shapes.PATTERNS["small"], 90
@@ -197,9 +225,10 @@ def test_a_gate_scales_its_branch_and_gets_a_gradient(op):
 # Ragged rows
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("T", [1, 9])
-@pytest.mark.parametrize("op", ["compressed", "selected-reference", "selected-torch", "window"])
-def test_each_row_has_its_own_length(op, T):
+@pytest.mark.parametrize("op", ["compressed", "selected", "window"])
+def test_each_row_has_its_own_length(op, T, backend):
     cfg, lengths = shapes.PATTERNS["small"], [65, 9, 33]
     S = max(lengths)
     q, k, v = inputs(3, T, S)
@@ -211,10 +240,10 @@ def test_each_row_has_its_own_length(op, T):
 
     def run(q, k, v):
         if op == "compressed":
-            return compressed_attention(q, k[:, :C], v[:, :C], cfg, seq_len=seq_len)[0]
+            return compressed_attention(q, k[:, :C], v[:, :C], cfg, seq_len=seq_len, backend=backend)[0]
         if op == "window":
-            return sliding_window_attention(q, k, v, cfg, seq_len=seq_len)
-        return selected_attention(q, k, v, chosen, cfg, seq_len=seq_len, backend=op.split("-")[1])
+            return sliding_window_attention(q, k, v, cfg, seq_len=seq_len, backend=backend)
+        return selected_attention(q, k, v, chosen, cfg, seq_len=seq_len, backend=backend)
 
     def expected(q, k, v):
         if op == "compressed":
@@ -226,13 +255,41 @@ def test_each_row_has_its_own_length(op, T):
     assert_same(run, expected, q, k, v)
 
 
-def test_selection_takes_each_row_at_its_own_length():
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("op", ["compressed", "selected", "window"])
+def test_a_row_shorter_than_the_tile_has_its_queries_at_the_end(op, backend):
+    """Rows of 40 and 5 positions, 9 queries each: the second row's first four are no queries at all."""
+    cfg, T, lengths = shapes.PATTERNS["dense"], 9, [40, 5]
+    q, k, v = inputs(2, T, 40)
+    seq_len = torch.tensor(lengths, dtype=torch.int32)
+    chosen = torch.full((2, T, 2, cfg.n_sel), -1, dtype=torch.int32)
+    chosen[0] = fixed_selection(1, T, 2, 40, cfg)[0]
+    chosen[1, 4:] = fixed_selection(1, 5, 2, 5, cfg)[0]
+
+    def run(q, k, v, chosen, seq_len, backend):
+        C = arithmetic.n_compressed(k.shape[1], cfg)
+        if op == "compressed":
+            out, lse = compressed_attention(q, k[:, :C], v[:, :C], cfg, seq_len=seq_len, backend=backend)
+            blocks = select_blocks(q, k[:, :C], lse, cfg, seq_len=seq_len, backend=backend)
+            return torch.cat([out.flatten(2), lse, blocks.flatten(2)], -1)
+        if op == "window":
+            return sliding_window_attention(q, k, v, cfg, seq_len=seq_len, backend=backend).flatten(2)
+        return selected_attention(q, k, v, chosen, cfg, seq_len=seq_len, backend=backend).flatten(2)
+
+    got = run(q, k, v, chosen, seq_len, backend)
+    short = run(q[1:, 4:], k[1:, :5], v[1:, :5], chosen[1:, 4:], 5, None)
+    torch.testing.assert_close(got[1:, 4:], short, rtol=1e-12, atol=1e-12)
+    assert not got[1, :4, : 4 * 16].any()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_selection_takes_each_row_at_its_own_length(backend):
     cfg, lengths, T = shapes.PATTERNS["small"], [110, 33, 9], 9
     C = arithmetic.n_compressed(max(lengths), cfg)
     q, k, v = inputs(3, T, C)
     seq_len = torch.tensor(lengths, dtype=torch.int32)
     lse = compressed_attention(q, k, v, cfg, seq_len=seq_len)[1]
-    got = select_blocks(q, k, lse, cfg, seq_len=seq_len)
+    got = select_blocks(q, k, lse, cfg, seq_len=seq_len, backend=backend)
     assert torch.equal(got, oracle.select_blocks(q, k, cfg, seq_len=lengths))
 
 

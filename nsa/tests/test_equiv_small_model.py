@@ -108,6 +108,30 @@ def test_checkpointing_changes_no_gradient_and_chooses_blocks_once_a_step():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.fixture
+def two_threads():
+    """Races need a second thread; stage 1 runs with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_equal_training_steps_are_equal_bit_for_bit(two_threads, checkpointing):
+    """A gather by repeated indices adds its gradients in a racing order."""
+    model, ids, targets = _model(torch.float32, phi="mlp"), _ids(2, 600), _ids(2, 600, seed=1)
+    model.gradient_checkpointing = checkpointing
+    steps = []
+    for _ in range(3):
+        model.zero_grad()
+        loss = model.loss(ids, targets)
+        loss.backward()
+        steps.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for again in steps[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, steps[0], strict=True))
+
+
 def _launches(op):
     return sum(count for (name, _), count in routing.launches.items() if name == op)
 
