@@ -134,5 +134,7 @@ class NativeSparseAttention(nn.Module):
         T = k_raw.shape[1]
         first = n_compressed(cache.length, self.cfg.nsa)
         k_raw, v_raw = cache.tail.append(k_raw, v_raw)
+        if n_compressed(cache.length + T, self.cfg.nsa) == first:  # as on d - 1 of d decode steps
+            return cache.cmp.k[:, :first], cache.cmp.v[:, :first]
         skip = first * self.cfg.nsa.d - (cache.length + T - k_raw.shape[1])
         return cache.cmp.write(first, *self._compress(k_raw[:, skip:], v_raw[:, skip:], rope, first))
