@@ -14,62 +14,62 @@ def _ci(session: nox.Session, *arguments: str) -> None:
     session.run("python", "-m", "ci", *arguments, external=True)
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def readiness(session: nox.Session) -> None:
     """Everything this machine can prove, then the report: READY, READY ON CPU or NOT READY."""
     _ci(session, "readiness", "--", *session.posargs)
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def preflight(session: nox.Session) -> None:
     """Is this machine what its profile says, and fit to run the stages?"""
     _ci(session, "preflight")
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def cpu_correctness(session: nox.Session) -> None:
     """Stage 1: the mathematics of NSA, on any CPU."""
     _ci(session, "stage", "cpu_correctness", "--", *session.posargs)
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def gpu_parity(session: nox.Session) -> None:
     """Stage 2: routing snapshot, and Triton and FA-2 against the reference."""
     _ci(session, "stage", "gpu_parity", "--", *session.posargs)
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def long_context(session: nox.Session) -> None:
     """Stage 3: a 65,536-token prefill in tiles, and the needle."""
     _ci(session, "stage", "long_context", "--", *session.posargs)
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def train_readiness(session: nox.Session) -> None:
     """Stage 4: the showcase, and data parallel (two gloo processes; NCCL on two GPUs)."""
     _ci(session, "stage", "train_readiness", "--", *session.posargs)
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def bench(session: nox.Session) -> None:
     """Stage 5: decode time and reads against the length, and their table."""
     _ci(session, "stage", "bench", "--", *session.posargs)
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def report(session: nox.Session) -> None:
     """Judge what has run: merged JUnit, summary.md, summary.html, the bundle."""
     _ci(session, "report")
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def tests(session: nox.Session) -> None:
     """The library's and the repository's tests, with coverage; `-- -k NAME` narrows them."""
     options = ["-n", "2", "--cov", "--cov-report=term:skip-covered"]
     session.run("python", "-m", "pytest", *options, *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def lint(session: nox.Session) -> None:
     """ruff (rules and format) and mypy."""
     session.run("python", "-m", "ruff", "check", ".", external=True)

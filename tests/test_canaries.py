@@ -37,6 +37,7 @@ CODES = {
     "collects_nothing": (3, "VACUOUS"),
     "namesake": (3, "VACUOUS"),
     "lost_module": (3, "VACUOUS"),
+    "namesake_skip": (0, "SKIPPED"),
     "no_deliverable": (3, "MISSING"),
     "empty_deliverable": (3, "MISSING"),
     "stale_deliverable": (3, "MISSING"),
