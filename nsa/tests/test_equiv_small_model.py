@@ -120,16 +120,15 @@ def two_threads():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equal_training_steps_are_equal_bit_for_bit(two_threads, checkpointing):
     """A gather by repeated indices adds its gradients in a racing order."""
-    model, ids, targets = _model(torch.float32, phi="mlp"), _ids(2, 600), _ids(2, 600, seed=1)
+    model, ids, targets = _model(torch.float32, phi="mlp"), _ids(2, 400), _ids(2, 400, seed=1)
     model.gradient_checkpointing = checkpointing
     steps = []
-    for _ in range(3):
+    for _ in range(2):
         model.zero_grad()
         loss = model.loss(ids, targets)
         loss.backward()
         steps.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    for again in steps[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, steps[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
 
 
 def _launches(op):
