@@ -55,6 +55,13 @@ def test_the_callers_flags_do_not_reach_the_step(context, monkeypatch):
     assert "NSA_CI_PROFILE" in names
 
 
+def test_waiting_threads_sleep_unless_the_caller_says_otherwise(context, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert execute.environment(script("true"), context)["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert execute.environment(script("true"), context)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_stdout_is_the_deliverable_and_stderr_is_kept_beside_it(context):
     step = script(
         "echo out; echo warning >&2", output="artifacts/o.txt", deliverables=(Deliverable("artifacts/o.txt"),)
