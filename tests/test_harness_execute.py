@@ -225,10 +225,13 @@ def test_a_run_that_is_ended_passes_the_signal_on_and_says_so(tmp_path, signum, 
     )
     pid = tmp_path / "artifacts/pid"
     deadline = time.monotonic() + 120
-    while not (pid.is_file() and pid.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signum)
-    assert process.wait(timeout=60) == code
+    try:
+        while not (pid.is_file() and pid.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signum)
+        assert process.wait(timeout=60) == code
+    finally:
+        process.kill()
     assert json.loads((tmp_path / "artifacts/exit.json").read_text())["code"] == code
     assert (tmp_path / "artifacts/saved").read_text() == "ended\n", "the step is told to end, and may save its work"
     assert not _alive(int(pid.read_text()))
