@@ -20,12 +20,16 @@ from typing import Any
 import torch
 
 PREFERENCES: dict[str, tuple[str, ...]] = {
-    "compressed": ("flash", "sdpa", "reference"),
+    "compressed": ("cudnn", "flash", "sdpa", "reference"),
     "selection": ("triton", "torch", "reference"),
     "selected": ("triton", "torch", "reference"),
     "window": ("flash", "sdpa", "reference"),
 }
 BACKENDS = ("reference", "torch", "sdpa", "flash", "cudnn", "triton")
+
+# FA-2 is built for sm_80 on. cuDNN's attention was measured, and found ahead of FA-2, on sm_90 with torch 2.11.
+_OLDEST_SM = {"flash": (8, 0), "cudnn": (9, 0)}
+_CUDNN_TORCH = (2, 11)
 
 # (op, backend) -> times its kernel really ran; bumped inside the opaque op, so a fallback cannot pass as a launch.
 launches: Counter[tuple[str, str]] = Counter()
@@ -124,36 +128,49 @@ def triton_version() -> str:
         return "<none>"
 
 
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
 def _environment(op: str, backend: str, device: torch.device) -> list[str]:
     if backend not in ("triton", "flash", "cudnn"):
         return []
     reasons = []
     if device.type != "cuda":
         reasons.append("needs CUDA")
+    elif (oldest := _OLDEST_SM.get(backend)) and torch.cuda.get_device_capability(device) < oldest:
+        reasons.append("{} needs sm_{}{} or newer".format(backend, *oldest))
     if backend == "triton" and triton_version() == "<none>":
         reasons.append("needs Triton")
+    if backend == "cudnn" and _torch_version() < _CUDNN_TORCH:
+        reasons.append("cudnn needs torch {}.{} or newer".format(*_CUDNN_TORCH))
     if not has_kernel(op):
         reasons.append(f"no {backend} kernel for {op} in this build")
     return reasons
 
 
-def _inputs(op: str, backend: str, tensors: tuple[torch.Tensor, ...]) -> list[str]:
+def _inputs(op: str, backend: str, tensors: tuple[torch.Tensor, ...], facts: dict[str, int]) -> list[str]:
     if backend not in ("triton", "flash", "cudnn"):
         return []
-    return list(importlib.import_module(f"nsa.kernels.{op}").unsupported(backend, *tensors))
+    return list(importlib.import_module(f"nsa.kernels.{op}").unsupported(backend, *tensors, **facts))
 
 
-def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training: bool = False) -> Route:
-    """Route an op for these inputs. A named backend runs or raises Unsupported with its reasons; None picks one."""
+def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training: bool = False, **facts: int) -> Route:
+    """Route an op for these inputs. A named backend runs or raises Unsupported with its reasons; None picks one.
+
+    facts are what an op's kernels must know beside its tensors, such as seq_len.
+    """
     device = tensors[0].device if tensors else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preferences = PREFERENCES[op]
     if backend is not None and backend not in preferences:
         raise Unsupported(f"{op} has no backend {backend!r}; it has {', '.join(preferences)}")
     rejected: dict[str, list[str]] = {}
+    if flags().use_fa2:
+        preferences = tuple(sorted(preferences, key=lambda name: name != "flash"))  # asked for, so it goes first
     for candidate in preferences if backend is None else (backend,):
         reasons = _policy(op, candidate, training) + _environment(op, candidate, device)
         if not reasons and tensors:
-            reasons = _inputs(op, candidate, tensors)
+            reasons = _inputs(op, candidate, tensors, facts)
         if not reasons:
             _warn_if_asked_in_vain(op, candidate, rejected)
             return Route(op, candidate, rejected)

@@ -110,15 +110,15 @@ def _attend(
     count: bool,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    route = routing.choose("compressed", q, k_cmp, v_cmp, backend=backend)
+    route = routing.choose("compressed", q, k_cmp, v_cmp, backend=backend, seq_len=seq_len)
     routing.launches["compressed", route.backend] += 1
     if rows is None:
-        return _forward(q, k_cmp, v_cmp, l, d, seq_len, count)
+        return _forward(route.backend, q, k_cmp, v_cmp, l, d, seq_len, count)
     T = q.shape[1]
 
     def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
         row = slice(b, b + 1)
-        out, lse, n = _forward(q[row, T - t :], k_cmp[row], v_cmp[row], l, d, S, count)
+        out, lse, n = _forward(route.backend, q[row, T - t :], k_cmp[row], v_cmp[row], l, d, S, count)
         return pad_front(out, T, 0.0), pad_front(lse, T, float("-inf")), n
 
     out, lse, n = each_row(one, T, rows)
@@ -150,17 +150,16 @@ def _attend_backward(
     rows: torch.Tensor | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    route = routing.choose("compressed", q, k_cmp, v_cmp, backend=backend, training=True)
+    route = routing.choose("compressed", q, k_cmp, v_cmp, backend=backend, training=True, seq_len=seq_len)
     routing.launches["compressed_backward", route.backend] += 1
     if rows is None:
-        return _backward(dout, q, k_cmp, v_cmp, out, lse, l, d, seq_len)
+        return _backward(route.backend, dout, q, k_cmp, v_cmp, out, lse, l, d, seq_len)
     T = q.shape[1]
 
     def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
         row, last = slice(b, b + 1), slice(T - t, T)
-        dq, dk, dv = _backward(
-            dout[row, last], q[row, last], k_cmp[row], v_cmp[row], out[row, last], lse[row, last], l, d, S
-        )
+        past = (q[row, last], k_cmp[row], v_cmp[row], out[row, last], lse[row, last])
+        dq, dk, dv = _backward(route.backend, dout[row, last], *past, l, d, S)
         return pad_front(dq, T, 0.0), dk, dv
 
     dq, dk, dv = each_row(one, T, rows)
@@ -242,6 +241,7 @@ class _Layout:
 
 
 def _forward(
+    backend: str,
     q: torch.Tensor,
     k_cmp: torch.Tensor,
     v_cmp: torch.Tensor,
@@ -251,6 +251,11 @@ def _forward(
     count: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, T, H, D = q.shape
+    if dense.fused(backend, q):
+        from nsa.kernels import compressed as kernel
+
+        out, lse, read = kernel.forward(backend, q, k_cmp, v_cmp, l, d, S)
+        return out, lse, q.new_full((B, k_cmp.shape[2]), read if count else 0, dtype=torch.int64)
     n = q.new_zeros(B, k_cmp.shape[2], dtype=torch.int64)
     lay = _Layout(T, S, l, d, q.device)
     if not lay.n:
@@ -267,6 +272,7 @@ def _forward(
 
 
 def _backward(
+    backend: str,
     dout: torch.Tensor,
     q: torch.Tensor,
     k_cmp: torch.Tensor,
@@ -277,6 +283,10 @@ def _backward(
     d: int,
     S: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if dense.fused(backend, q):
+        from nsa.kernels import compressed as kernel
+
+        return kernel.backward(backend, dout, q, k_cmp, v_cmp, out, lse, l, d, S)
     lay = _Layout(q.shape[1], S, l, d, q.device)
     if not lay.n:
         return q.new_zeros(q.shape), k_cmp.new_zeros(k_cmp.shape), v_cmp.new_zeros(v_cmp.shape)

@@ -22,6 +22,13 @@ def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
+def fused(backend: str, q: torch.Tensor) -> bool:
+    """Whether a fused operator of the GPU runs `backend` on these queries; elsewhere the forms below do."""
+    if backend == "sdpa":
+        return q.is_cuda and q.dtype != torch.float64 and q.numel() > 0
+    return backend in ("flash", "cudnn") and q.numel() > 0
+
+
 def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
     """Pad the head dim; the CPU operator reads it as if its stride were 1, whatever it is."""
     if x.shape[-1] < width:
@@ -52,6 +59,12 @@ def forward(
 
     `causal` means row i sees keys up to i, and wants T = S. lse is natural, fp32 (fp64 for fp64).
     """
+    if mask is None and fused("sdpa", q):
+        from nsa.kernels import fused as kernel
+
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = kernel.forward("sdpa", q, k, v, scale, causal=causal)
+        return out.transpose(1, 2), lse
     if q.device.type != "cpu" or not q.numel():
         return _forward_plain(q, k, v, scale, causal, mask)
     width = max(q.shape[-1], v.shape[-1])
@@ -74,6 +87,12 @@ def backward(
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `forward`'s out. With `out` and `lse` of a larger softmax it gives this part's share of them."""
+    if mask is None and fused("sdpa", q):
+        from nsa.kernels import fused as kernel
+
+        dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        dq, dk, dv = kernel.backward("sdpa", dout, q, k, v, out, lse, scale, causal=causal)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     if q.device.type != "cpu" or not q.numel():
         return _backward_plain(dout, q, k, v, out, lse, scale, causal, mask)
     width = max(q.shape[-1], v.shape[-1])

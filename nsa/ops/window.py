@@ -1,6 +1,7 @@
 """Sliding-window attention: each query attends to the w tokens that end at itself."""
 
 import torch
+import torch.nn.functional as F
 
 from nsa import routing
 from nsa.config import NSAConfig
@@ -98,12 +99,12 @@ def _attend(
     route = routing.choose("window", q, k, v, backend=backend)
     routing.launches["window", route.backend] += 1
     if rows is None:
-        return _forward(q, k, v, w, seq_len, count)
+        return _forward(route.backend, q, k, v, w, seq_len, count)
     T = q.shape[1]
 
     def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
         row = slice(b, b + 1)
-        out, lse, n = _forward(q[row, T - t :], k[row], v[row], w, S, count)
+        out, lse, n = _forward(route.backend, q[row, T - t :], k[row], v[row], w, S, count)
         return pad_front(out, T, 0.0), pad_front(lse, T, float("-inf")), n
 
     out, lse, n = each_row(one, T, rows)
@@ -137,12 +138,13 @@ def _attend_backward(
     route = routing.choose("window", q, k, v, backend=backend, training=True)
     routing.launches["window_backward", route.backend] += 1
     if rows is None:
-        return _backward(dout, q, k, v, out, lse, w, seq_len)
+        return _backward(route.backend, dout, q, k, v, out, lse, w, seq_len)
     T = q.shape[1]
 
     def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
         row, last = slice(b, b + 1), slice(T - t, T)
-        dq, dk, dv = _backward(dout[row, last], q[row, last], k[row], v[row], out[row, last], lse[row, last], w, S)
+        past = (q[row, last], k[row], v[row], out[row, last], lse[row, last])
+        dq, dk, dv = _backward(route.backend, dout[row, last], *past, w, S)
         return pad_front(dq, T, 0.0), dk, dv
 
     dq, dk, dv = each_row(one, T, rows)
@@ -176,6 +178,11 @@ def _held(k: torch.Tensor, v: torch.Tensor, S: int) -> tuple[int, torch.Tensor, 
     return first, k[:, : S - first], v[:, : S - first]
 
 
+def _all_rows(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The gradient of `_held` rows, zero in those past them."""
+    return F.pad(grad, (0, 0, 0, 0, 0, like.shape[1] - grad.shape[1])) if grad.shape != like.shape else grad
+
+
 def _tiles(T: int, S: int, first: int, w: int, device: torch.device):
     """Yield (query slice, key slice, [rows, keys] visibility) of banded tiles.
 
@@ -192,10 +199,15 @@ def _tiles(T: int, S: int, first: int, w: int, device: torch.device):
 
 
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: int, S: int, count: bool
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: int, S: int, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, T, H, D = q.shape
     first, k, v = _held(k, v, S)
+    if dense.fused(backend, q):
+        from nsa.kernels import window as kernel
+
+        out, lse, read = kernel.forward(backend, q, k, v, w)
+        return out, lse, q.new_full((B, k.shape[2]), read if count else 0, dtype=torch.int64)
     out = q.new_empty(B, T, H, v.shape[3])
     lse = q.new_empty(B, T, H, dtype=torch.promote_types(q.dtype, torch.float32))
     n = 0
@@ -214,6 +226,7 @@ def _forward(
 
 
 def _backward(
+    backend: str,
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -223,10 +236,15 @@ def _backward(
     w: int,
     S: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    first, k_held, v_held = _held(k, v, S)
+    if dense.fused(backend, q):
+        from nsa.kernels import window as kernel
+
+        dq, dk, dv = kernel.backward(backend, dout, q, k_held, v_held, out, lse, w)
+        return dq, _all_rows(dk, k), _all_rows(dv, v)
     dq = q.new_empty(q.shape)
     accumulator = torch.promote_types(q.dtype, torch.float32)
     dk, dv = k.new_zeros(k.shape, dtype=accumulator), v.new_zeros(v.shape, dtype=accumulator)
-    first, k_held, v_held = _held(k, v, S)
     for rows, keys, visible in _tiles(q.shape[1], S, first, w, q.device):
         tile_dq, tile_dk, tile_dv = dense.backward(
             dout[:, rows].transpose(1, 2),

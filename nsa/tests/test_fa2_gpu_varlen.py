@@ -67,3 +67,37 @@ def test_fa2_gpu_varlen_rows_have_their_own_lengths(fa2, launched, op):
     mask = allowed_mask(seen, C, R, "cuda")
     exact = eager(q.double(), k.double(), v.double(), mask)
     assert within_budget(got, eager(q, k, v, mask), exact, "out") == []
+
+
+@pytest.mark.parametrize("op", ["window", "compressed"])
+def test_fa2_gpu_varlen_rows_have_their_own_gradients(fa2, launched, op):
+    fa2(op)
+    lengths, T, G, R = [500, 33, 133], 9, 2, 6
+    C = len(oracle.compressed_spans(max(lengths), CFG)) if op == "compressed" else max(lengths)
+    q, k, v = inputs(3, T, C, G=G, R=R, Dk=64, Dv=64, dtype=torch.bfloat16, device="cuda")
+    seq_len = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    seen = oracle.seen_window if op == "window" else oracle.seen_compressed
+    mask = allowed_mask(seen(T, 3, G, CFG, lengths), C, R, "cuda")
+
+    def run(q, k, v):
+        if op == "window":
+            return sliding_window_attention(q, k, v, CFG, seq_len=seq_len, backend="flash")
+        return compressed_attention(q, k, v, CFG, seq_len=seq_len, backend="flash")[0]
+
+    with launched(op, "flash"), launched(f"{op}_backward", "flash"):
+        assert_within_budget(run, q, k, v, mask)
+
+
+@pytest.mark.parametrize("T", [300, 1])
+@pytest.mark.parametrize("op", ["window", "compressed"])
+def test_fa2_gpu_varlen_runs_unasked_for_by_name(fa2, launched, op, T):
+    fa2(op)
+    if routing.flags().use_fa2 is False:
+        pytest.skip("FA-2 is forbidden: NSA_USE_FA2=0")
+    C = len(oracle.compressed_spans(300, CFG)) if op == "compressed" else 300
+    q, k, v = inputs(1, T, C, G=2, R=3, Dk=64, Dv=64, dtype=torch.bfloat16, device="cuda")
+    with launched(op, "flash"):
+        if op == "window":
+            sliding_window_attention(q, k, v, CFG)
+        else:
+            compressed_attention(q, k, v, CFG, seq_len=300)
