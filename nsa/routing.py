@@ -128,6 +128,7 @@ def triton_version() -> str:
         return "<none>"
 
 
+@cache
 def _torch_version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
 

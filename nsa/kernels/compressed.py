@@ -14,8 +14,9 @@ import torch
 
 from nsa.kernels import fused
 
-# From this many queries on cuDNN was measured ahead of FA-2 (sm_90); a plan for every new length costs more below.
-_CUDNN_QUERIES = 4096
+# From this many elements of q on cuDNN was measured ahead of FA-2 (sm_90). Below, what it costs on the host outweighs
+# that, and it builds a new plan, 0.1 s and more, for every new length.
+_CUDNN_ELEMENTS = 1 << 25
 
 
 def unsupported(
@@ -24,11 +25,10 @@ def unsupported(
     """Reasons against flash or cudnn for q [B,T,H,Dk], k_cmp [B,C,G,Dk], v_cmp [B,C,G,Dv]; seq_len T unless given."""
     reasons = fused.unsupported(backend, q, v_cmp)
     if backend == "cudnn":
-        T = q.shape[1]
-        if seq_len not in (None, T):
+        if seq_len not in (None, q.shape[1]):
             reasons.append("cudnn wants whole sequences: as many queries as positions")
-        elif T < _CUDNN_QUERIES:
-            reasons.append(f"cudnn pays from {_CUDNN_QUERIES} queries on, not at {T}")
+        elif q.numel() < _CUDNN_ELEMENTS:
+            reasons.append(f"cudnn pays from {_CUDNN_ELEMENTS} elements of q on, not at {q.numel()}")
     return reasons
 
 
@@ -118,7 +118,8 @@ def forward(
     B, T, H, D = q.shape
     out, lse, n = q.new_empty(B, T, H, v_cmp.shape[3]), q.new_empty(B, T, H, dtype=torch.float32), 0
     blind = blind_queries(T, S, l)
-    out[:, :blind], lse[:, :blind] = 0.0, float("-inf")
+    if blind:
+        out[:, :blind], lse[:, :blind] = 0.0, float("-inf")
     for run in _calls(q, S, l, d):
         part, part_lse = fused.forward(
             backend, run.queries(q), run.shared_keys(k_cmp), run.shared_keys(v_cmp), D**-0.5, causal=run.causal

@@ -24,8 +24,8 @@ def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def fused(backend: str, q: torch.Tensor) -> bool:
     """Whether a fused operator of the GPU runs `backend` on these queries; elsewhere the forms below do."""
-    if backend == "sdpa":
-        return q.is_cuda and q.dtype != torch.float64 and q.numel() > 0
+    if backend == "sdpa":  # its strides are int32
+        return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and 0 < q.numel() < 1 << 31
     return backend in ("flash", "cudnn") and q.numel() > 0
 
 

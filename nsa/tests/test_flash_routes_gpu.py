@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from nsa import NSAConfig, compressed_attention, routing, sliding_window_attention
-from nsa.kernels import fused
+from nsa.kernels import compressed, fused, window
 from nsa.testing import allowed_mask, assert_within_budget, eager, inputs, oracle, shapes, within_budget
 
 CFG = NSAConfig(n_sel=4, w=64)
-HALF, ALL = (torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16, torch.float32)
-ROUTES = [(name, dtype) for name, dtypes in (("flash", HALF), ("sdpa", ALL)) for dtype in dtypes]
-WHOLE = (1, 4111, 4111, 2, 3, 64, 64)  # enough queries for cuDNN, and no round number
+HALF = (torch.bfloat16, torch.float16)
+# fp32 on sdpa is the plain form.
+ROUTES = [("flash", torch.bfloat16), ("flash", torch.float16), *(("sdpa", t) for t in (*HALF, torch.float32))]
+WHOLE = (1, 4111, 4111, 2, 3, 64, 64)
 every_shape = pytest.mark.parametrize("shape", shapes.KERNEL_SHAPES, ids=lambda s: "-".join(map(str, s)))
 every_route = pytest.mark.parametrize(("backend", "dtype"), ROUTES, ids=lambda x: str(x).removeprefix("torch."))
 
@@ -21,6 +22,12 @@ def flag():
     yield routing.override
     routing._overrides.clear()
     routing.flags.cache_clear()
+
+
+@pytest.fixture
+def short_cudnn(monkeypatch):
+    """Lets cuDNN take sequences that are too short to pay."""
+    monkeypatch.setattr(compressed, "_CUDNN_ELEMENTS", 1)
 
 
 @pytest.fixture
@@ -69,7 +76,7 @@ def test_compressed_is_within_the_budget(cuda, needs, launched, shape, contiguou
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "sdpa"])
 @pytest.mark.parametrize("dtype", HALF)
-def test_whole_sequences_are_within_the_budget_on_every_backend(cuda, launched, backend, dtype):
+def test_whole_sequences_are_within_the_budget_on_every_backend(cuda, short_cudnn, launched, backend, dtype):
     (q, k, v), mask = _compressed(WHOLE, dtype)
     try:
         routing.choose("compressed", q, k, v, backend=backend)
@@ -85,7 +92,7 @@ def test_whole_sequences_are_within_the_budget_on_every_backend(cuda, launched, 
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "sdpa"])
 @pytest.mark.parametrize("T", [4111, 333, 1])
-def test_lse_is_the_natural_logsumexp_and_minus_infinity_where_nothing_is_seen(cuda, backend, T):
+def test_lse_is_the_natural_logsumexp_and_minus_infinity_where_nothing_is_seen(cuda, short_cudnn, backend, T):
     S = 4111
     q, k, v = inputs(1, T, 260, G=2, R=3, Dk=64, Dv=64, dtype=torch.bfloat16, device="cuda")
     try:
@@ -124,7 +131,7 @@ def test_reads_are_counted_and_keys_past_the_end_are_not_read(cuda, needs, backe
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "sdpa"])
 @pytest.mark.parametrize("op", ["window", "compressed"])
-def test_equal_runs_have_equal_gradients_bit_for_bit(cuda, op, backend):
+def test_equal_runs_have_equal_gradients_bit_for_bit(cuda, short_cudnn, op, backend):
     if (op, backend) == ("window", "cudnn"):
         pytest.skip("window has no cudnn backend")
     C = 4300 if op == "window" else 267
@@ -149,7 +156,9 @@ def test_equal_runs_have_equal_gradients_bit_for_bit(cuda, op, backend):
 @pytest.mark.parametrize("op", ["window", "compressed"])
 def test_many_bounded_calls_compute_what_one_does(cuda, needs, monkeypatch, op):
     needs(op, "flash")
-    monkeypatch.setattr(fused, "CALL_ELEMENTS", 40 * 6 * 64)
+    monkeypatch.setattr(fused, "CALL_ELEMENTS", 140 * 6 * 64)
+    monkeypatch.setattr(window, "_PROBLEM_QUERIES", 70)
+    monkeypatch.setattr(window, "_PROBLEM_WINDOWS", 1)
     shape = (1, 700, 777, 2, 3, 64, 64)
     (q, k, v), mask = (_window if op == "window" else _compressed)(shape, torch.bfloat16)
 
@@ -165,14 +174,15 @@ def test_unset_flags_take_the_best_measured_route(cuda, flag, launched):
     flag(use_fa2=None)
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs sm_80 or newer")
-    (q, k, v), _ = _compressed(WHOLE, torch.bfloat16)
+    q, k, v = inputs(1, 8192, 511, G=4, R=16, Dk=64, Dv=64, dtype=torch.bfloat16, device="cuda")
     best = "cudnn" if not routing.choose("compressed", q, k, v).rejected else "flash"
     with launched("compressed", best):
-        compressed_attention(q, k, v, CFG, seq_len=WHOLE[2])
-    with launched("compressed", "flash"):
-        compressed_attention(q[:, -1:], k, v, CFG, seq_len=WHOLE[2])
+        compressed_attention(q, k, v, CFG, seq_len=8192)
+    for few in (q[:, -1:], q[:, -4096:]):
+        with launched("compressed", "flash"):
+            compressed_attention(few, k, v, CFG, seq_len=8192)
     with launched("window", "flash"):
-        sliding_window_attention(q, q[:, :, :2], q[:, :, :2], CFG)
+        sliding_window_attention(q, q[:, :, :4], q[:, :, :4], CFG)
 
 
 def test_forbidding_fa2_runs_no_flash_at_all(cuda, flag):
