@@ -7,8 +7,10 @@ the same rows go into one call; a span that ends inside a row of d makes at most
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -79,21 +81,20 @@ def blind_queries(T: int, S: int, l: int) -> int:  # noqa: E741
     return min(max(l - 1 - (S - T), 0), T)
 
 
-def runs(T: int, S: int, l: int, d: int) -> list[Run]:  # noqa: E741
+@lru_cache(maxsize=256)
+def runs(T: int, S: int, l: int, d: int) -> tuple[Run, ...]:  # noqa: E741
     """The runs that cover every query that sees a block, each once; the last T of S positions."""
     u_first, u_last, blind = max(S - T - (l - 1), 0), S - l, blind_queries(T, S, l)
-    found: list[Run] = []
-    for r in range(min(d, T - blind)):
-        # The r-th query that sees anything, and all those d apart from it.
-        u = u_first + r
-        rows = (u_last - u) // d + 1
-        run = Run(blind + r, 1, rows, u // d + rows, d)
-        last = found[-1] if found else None
-        if last and (last.rows, last.keys) == (run.rows, run.keys):
-            found[-1] = replace(last, residues=last.residues + 1)
-        else:
-            found.append(run)
-    return found
+    # (rows, keys) of the r-th query that sees anything together with all those d apart from it.
+    spans = [
+        ((u_last - u) // d + 1, u // d + (u_last - u) // d + 1) for u in range(u_first, u_first + min(d, T - blind))
+    ]
+    found, start = [], blind
+    for (rows, keys), equal in itertools.groupby(spans):
+        residues = len(list(equal))
+        found.append(Run(start, residues, rows, keys, d))
+        start += residues
+    return tuple(found)
 
 
 def _calls(q: torch.Tensor, S: int, l: int, d: int) -> Iterator[Run]:  # noqa: E741
@@ -101,6 +102,9 @@ def _calls(q: torch.Tensor, S: int, l: int, d: int) -> Iterator[Run]:  # noqa: E
     B, T, H, D = q.shape
     for run in runs(T, S, l, d):
         step = max(1, fused.CALL_ELEMENTS // (B * run.rows * H * D)) if run.causal else run.residues
+        if step >= run.residues:
+            yield run
+            continue
         for r in range(0, run.residues, step):
             yield replace(run, start=run.start + r, residues=min(step, run.residues - r))
 

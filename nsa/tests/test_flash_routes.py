@@ -149,8 +149,9 @@ def test_shapes_and_dtypes_forward_and_backward_fit_the_ops_own(backend, shape):
 
 
 @pytest.mark.parametrize("backend", ["flash", "cudnn"])
-def test_a_backward_pass_leaves_the_deterministic_mode_as_it_was(backend):
+def test_a_backward_pass_leaves_the_deterministic_mode_as_it_was(monkeypatch, backend):
     _runs_on_meta(backend)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     q, k = _meta(1, 64, 4, 64), _meta(1, 64, 2, 64)
     lse = _meta(1, 4, 64, dtype=torch.float32)
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
