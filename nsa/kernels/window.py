@@ -41,7 +41,7 @@ class Stretch:
         return x[:, self.first_key : stop].unfold(1, self.keys, self.rows).movedim(-1, 2)
 
     def add(self, total: torch.Tensor, part: torch.Tensor) -> None:
-        """Add part [B,count,keys,G,D] to total [B,K,G,D]: the first `rows` keys of all, then what runs into the next."""
+        """Add part [B,count,keys,G,D] to total [B,K,G,D]: the first `rows` keys, then what runs into the next."""
         middle, stop = self.first_key + self.rows, self.first_key + self.count * self.rows
         total[:, self.first_key : stop].unflatten(1, (self.count, self.rows)).add_(part[:, :, : self.rows])
         if over := self.keys - self.rows:
