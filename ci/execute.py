@@ -130,8 +130,8 @@ def environment(step: Step, context: Context) -> dict[str, str]:
     """What a step's command gets on top of the caller's environment."""
     added = {"PYTHONHASHSEED": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
     added["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    # Threads that spin while they wait starve each other where cores are shared (virtual machines, busy runners): the
-    # showcase trained ten times slower so. Sleeping costs nothing measurable on idle cores.
+    # Threads that spin while they wait starve each other where cores are shared (virtual machines, busy runners): on
+    # two cores under a load of 7 the showcase trained ten times slower so.
     added["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     if context.offline:
         added |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
