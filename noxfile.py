@@ -1,6 +1,7 @@
 """Sessions of the readiness harness, one a stage of the runbook. `ci/nox -l` lists them, `ci/nox -s NAME` runs one.
 
-The sessions use the interpreter that runs nox (`ci/nox` makes a .venv for it); arguments after `--` go to pytest.
+The sessions use the interpreter that runs nox (`ci/nox` makes a .venv for it); arguments after `--` go to pytest, and
+prove nothing: a stage run with them fails.
 """
 
 import nox

@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(78) from None  # the configuration code; ci.outcome may be what is missing
 
 ROOT = Path(__file__).resolve().parent.parent
+MORE = "after --: further pytest arguments, to look into a failure; a step run with them proves nothing"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
     commands = options.add_subparsers(dest="command", required=True)
     stage = commands.add_parser("stage", help="run one stage of the runbook")
     stage.add_argument("name")
-    stage.add_argument("posargs", nargs="*", help="after --: further pytest arguments")
+    stage.add_argument("posargs", nargs="*", help=MORE)
     readiness = commands.add_parser("readiness", help="everything this machine can, then the report")
-    readiness.add_argument("posargs", nargs="*", help="after --: further pytest arguments")
+    readiness.add_argument("posargs", nargs="*", help=MORE)
     commands.add_parser("report", help="judge what has run, and write summary and bundle")
     commands.add_parser("preflight", help="is this machine fit for the profile?")
     book = commands.add_parser("runbook", help="print docs/runbook.md")

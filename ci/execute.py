@@ -118,6 +118,7 @@ def run(step: Step, context: Context) -> StepRecord:
         tail=_tail(context.root, _redirected(step, context), out, err),
         files=_files(step, context),
         env={name: value for name, value in added.items() if name != "PATH"},  # a bundle holds no machine's paths
+        arguments=list(context.posargs) if step.kind == "pytest" else [],
     )
     for log in (err, logs / f"{step.key}.out"):
         if log.is_file() and not log.stat().st_size:
@@ -153,7 +154,8 @@ def foreign_flags() -> list[str]:
 
 
 def _inherited() -> dict[str, str]:
-    dropped = {*foreign_flags(), "PYTEST_ADDOPTS", "CONFIG"}
+    # PYTHONOPTIMIZE would take the assertions out of every helper that a test calls.
+    dropped = {*foreign_flags(), "PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONOPTIMIZE", "CONFIG"}
     return {name: value for name, value in os.environ.items() if name not in dropped}
 
 

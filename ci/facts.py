@@ -39,7 +39,7 @@ def gather(root: Path, *, offline: bool = False) -> dict[str, Any]:
     gpus, problem = nvidia.query()
     return {
         "git_sha": _git(root, "rev-parse", "HEAD") or os.environ.get("NSA_CI_SHA", "unknown"),
-        "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "dirty": _dirty(root),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
@@ -126,6 +126,13 @@ def _git(root: Path, *arguments: str) -> str:
     except FileNotFoundError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _dirty(root: Path) -> bool:
+    """Does the tree hold what the commit does not: an edit, or a new file that Python, pytest or nox would obey?"""
+    obeyed = ("*.py", "*.pth", "*.toml", "*.ini", "*.cfg")
+    edited = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return bool(edited or _git(root, "ls-files", "--others", "--exclude-standard", "--", *obeyed))
 
 
 def _cpu_model() -> str:

@@ -40,7 +40,8 @@ class StepRecord:
     """One execution of a step. `exit_code` is None where the step was not started; `note` then says why.
 
     `cpu_s` is the processor time of all its processes: where other work shares the cores, `wall_s` says less.
-    `command` is what bash was given; `tail` the last lines of the output; `env` what the harness added.
+    `command` is what bash was given; `tail` the last lines of the output; `env` what the harness added; `arguments`
+    what the caller added to pytest's.
     """
 
     id: str
@@ -61,6 +62,7 @@ class StepRecord:
     tail: list[str] = field(default_factory=list)
     files: list[FileRecord] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
+    arguments: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

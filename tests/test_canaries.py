@@ -130,6 +130,16 @@ def test_nox_fails_and_exit_json_holds_the_code(tmp_path, name):
     assert f"exit code {code}" in done.stdout
 
 
+def test_a_run_narrowed_by_the_callers_pytest_arguments_proves_nothing(tmp_path):
+    plant(tmp_path)
+    step = replace(STEPS["good"], command="PYTHONPATH=. pytest -q test_planted.py -k 'passes or fails'")
+    narrowed = ["--deselect=test_planted.py::test_fails"]
+    context = execute.Context(tmp_path, "cpu", "abc", "r1", narrowed, lambda line: None)
+    judged = contract.judge_step(step, "cpu", execute.run(step, context), tmp_path / "artifacts")
+    assert (judged.verdict, judged.passed, judged.failed) == ("VACUOUS", 1, 0)
+    assert "--deselect=test_planted.py::test_fails" in judged.reason
+
+
 def test_137_is_worth_a_retry_only_with_the_kernels_record(tmp_path, monkeypatch):
     plant(tmp_path)
     events = tmp_path / "memory.events"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,14 @@ def test_drift_names_package_and_pin(tmp_path):
         "# pins\npytest==1.0.0  # old\nnot-installed-here==1.0\ntorch>=2.4\nnumpy==0.1; python_version < '3'\n"
     )
     assert [line.split(",")[1] for line in facts.drift(path)] == [" pinned ==1.0.0"]
+
+
+@pytest.mark.parametrize(("name", "dirty"), [("conftest.py", True), ("pytest.ini", True), ("notes.txt", False)])
+def test_a_new_file_that_changes_what_tests_do_is_an_uncommitted_change(tmp_path, name, dirty):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    assert not facts.gather(tmp_path)["dirty"]
+    (tmp_path / name).write_text("")
+    assert facts.gather(tmp_path)["dirty"] is dirty
 
 
 def test_env_json_names_no_place_and_no_person(tmp_path):
