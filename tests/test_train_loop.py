@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from nsa.model import Block, Transformer
 from nsa.records import TrainRow, ValRow, read_rows
-from nsa.train import config
+from nsa.train import checkpoint, config
 from nsa.train.errors import NonFiniteError, SaveError, UsageError
 from nsa.train.loop import train
 from nsa.train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups
@@ -295,6 +295,22 @@ def test_save_writes_the_last_checkpoint_there_too(tmp_path):
     assert (tmp_path / "run" / "checkpoint_000004.pt").is_file()
     with pytest.raises(UsageError, match=r"train\.save = .* is a directory"):
         run(tmp_path / "again", save=str(tmp_path))
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(UsageError, match=r"train\.save = .* cannot be written .*; name a file in a folder"):
+        run(tmp_path / "again", save=str(tmp_path / "a_file" / "final.pt"))
+    assert not (tmp_path / "again").exists(), "steps were trained for a file that cannot be written"
+
+
+def test_a_copy_that_fails_does_not_hide_the_runs_own_checkpoint(tmp_path, monkeypatch):
+    def refuse(path, state, out_dir=None, real=checkpoint.save):
+        if path.parent.name == "kept":
+            path = path / "under" / "a" / "file"
+            path.parents[2].write_text("")
+        real(path, state, out_dir)
+
+    monkeypatch.setattr(checkpoint, "save", refuse)
+    with pytest.raises(SaveError, match=r"the last good one is .*checkpoint_000004\.pt"):
+        run(tmp_path / "run", save=str(tmp_path / "kept" / "final.pt"))
 
 
 # --- the script ---

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,11 @@ def load(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{path}: damaged: {reason};\n{remedy}")
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write to a temporary file, force it to the disk, then give it its name. Raises SaveError; never half a file."""
+def save(path: Path, state: dict[str, Any], out_dir: Path | None = None) -> None:
+    """Write to a temporary file, force it to the disk, then give it its name; never half a file.
+
+    Raises SaveError naming the last good checkpoint of the run in `out_dir` (default: path's folder).
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,11 +115,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
-        partial.unlink(missing_ok=True)
-        good = last_good(path.parent)
-        kept = f"the last good one is {good}" if good else "there is no earlier one"
+        with suppress(OSError):  # where no file can be written, there may be no folder to look into either
+            partial.unlink()
+        good = last_good(out_dir or path.parent)
+        kept = f"the last good one is {good}: make room, then --resume it" if good else "there is no earlier one"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise SaveError(f"{path}: checkpoint not written: {reason};\n{kept}; make room, then --resume it") from error
+        raise SaveError(f"{path}: checkpoint not written: {reason};\n{kept}") from error
 
 
 def remove_partial(out_dir: Path) -> None:

@@ -25,9 +25,9 @@ from nsa.records import TrainRow, ValRow
 from nsa.train import checkpoint, dist
 from nsa.train.config import TrainConfig
 from nsa.train.data import Source, open_data, seed_of
-from nsa.train.errors import CheckpointError, NonFiniteError, UsageError
+from nsa.train.errors import CheckpointError, NonFiniteError
 from nsa.train.optim import build_optimizer, build_scheduler
-from nsa.train.telemetry import RunLog, environment, peak_memory, prepare, say
+from nsa.train.telemetry import RunLog, check_target, environment, peak_memory, prepare, say
 
 # A signal again within this time is the same one: a launcher forwards what the terminal already sent to the group.
 _SAME_SIGNAL_S = 0.5
@@ -113,8 +113,8 @@ class _Run:
             "tokens": 0,
             "seconds": 0.0,
         }
-        if cfg.train.save is not None and Path(cfg.train.save).is_dir():
-            raise UsageError(f"train.save = {cfg.train.save}: is a directory; name the file to write")
+        if cfg.train.save is not None:
+            check_target(Path(cfg.train.save))
         self.source: Source = open_data(cfg, world)
         self._build()
         resumed = self._resume()
@@ -288,7 +288,7 @@ class _Run:
                 "ranks": ranks,
                 "history": self.history,
             }
-            checkpoint.save(path, state)
+            checkpoint.save(path, state, self.out_dir)
 
         self.world.on_main(write)
         self.log.saved(self.step, path)

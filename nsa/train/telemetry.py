@@ -11,6 +11,7 @@ import platform
 import re
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -84,6 +85,20 @@ def prepare(out_dir: Path, resume: tuple[Path, int] | None) -> None:
         raise UsageError(
             f"train.out_dir = {out_dir}: cannot be used ({error.strerror or error}); set train.out_dir to a folder "
             "that can be written"
+        ) from error
+
+
+def check_target(save: Path) -> None:
+    """Raise UsageError if train.save cannot be written, before a run is trained for it; makes its folder."""
+    if save.is_dir():
+        raise UsageError(f"train.save = {save}: is a directory; name the file to write")
+    try:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"train.save = {save}: cannot be written ({error.strerror}); name a file in a folder that can be written"
         ) from error
 
 
