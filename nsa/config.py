@@ -85,6 +85,8 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_groups", "d_k", "d_v"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        if self.ffn_dim is not None and self.ffn_dim < 1:
+            raise ValueError(f"model.ffn_dim = {self.ffn_dim}: must be at least 1, or None for 3 * dim")
         if self.n_heads % self.n_kv_groups:
             raise ValueError(
                 f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_groups = {self.n_kv_groups}; "
@@ -92,8 +94,9 @@ class ModelConfig:
             )
         if self.d_k % 2:
             raise ValueError(f"model.d_k = {self.d_k} is odd; rotary embedding turns pairs, choose an even d_k")
-        if self.rope_scale <= 0 or self.rope_theta <= 0:
-            raise ValueError(f"model.rope_scale = {self.rope_scale}, rope_theta = {self.rope_theta}: must be positive")
+        for name in ("rope_theta", "rope_scale", "norm_eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"model.{name} = {getattr(self, name)}: must be a positive number")
 
     @property
     def hidden_dim(self) -> int:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from nsa.blocks import n_compressed
+from nsa.config import NSAConfig
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -28,15 +31,39 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Non
         raise ValueError(f"{op}: {q.shape[2]} query heads are not a multiple of {k.shape[2]} groups")
 
 
-def check_seq_len(op: str, T: int, seq_len: int | torch.Tensor) -> tuple[int, torch.Tensor | None]:
-    """Split `seq_len` into (int, None), or (0, int32 [B]) for ragged rows; an int below T is a ValueError."""
+def check_seq_len(op: str, q: torch.Tensor, seq_len: int | torch.Tensor) -> tuple[int, torch.Tensor | None]:
+    """Split `seq_len` into (int, None), or (0, int32 [B]) for ragged rows; ValueError for an int below T, for no
+    query at all, or for a tensor that is not a length a batch row."""
+    B, T = q.shape[:2]
+    if not B * T:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}: no query; give at least one row and one token")
     if isinstance(seq_len, torch.Tensor):
-        if seq_len.dim() != 1 or seq_len.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{op}: seq_len is {seq_len.dtype} {tuple(seq_len.shape)}; expected int32 [B]")
+        if seq_len.shape != (B,) or seq_len.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{op}: seq_len is {seq_len.dtype} {tuple(seq_len.shape)}; expected int32 [{B}]")
+        if _is_at_hand(seq_len) and int(seq_len.min()) < 0:
+            raise ValueError(f"{op}: seq_len = {int(seq_len.min())} in row {int(seq_len.argmin())} is below 0")
         return 0, seq_len
     if seq_len < T:
         raise ValueError(f"{op}: seq_len = {seq_len} is below the {T} queries, which are the last of its positions")
     return seq_len, None
+
+
+def check_blocks(op: str, k_cmp: torch.Tensor, S: int, cfg: NSAConfig) -> None:
+    """ValueError if k_cmp [B,*,G,D] lacks compressed keys of S positions."""
+    C = n_compressed(S, cfg)
+    if k_cmp.shape[1] < C:
+        raise ValueError(f"{op}: {k_cmp.shape[1]} compressed keys, but seq_len = {S} has {C} blocks")
+
+
+def longest(S: int, rows: torch.Tensor | None) -> int:
+    """The positions that keys must cover; 0 where only a device knows, which a check does not wait for."""
+    if rows is None:
+        return S
+    return int(rows.max()) if _is_at_hand(rows) else 0
+
+
+def _is_at_hand(rows: torch.Tensor) -> bool:
+    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def each_row(

@@ -11,7 +11,7 @@ from nsa import routing
 from nsa.blocks import n_compressed
 from nsa.config import NSAConfig
 from nsa.ops import dense
-from nsa.ops.checks import check_qkv, check_seq_len, each_row, pad_front
+from nsa.ops.checks import check_blocks, check_qkv, check_seq_len, each_row, longest, pad_front
 from nsa.ops.combine import apply_gate
 
 # Below this many rows a residue, one small mask is cheaper than d problems.
@@ -83,12 +83,8 @@ def compressed_attention(
     backend that cannot run.
     """
     check_qkv("compressed_attention", q, k_cmp, v_cmp)
-    S, rows = check_seq_len("compressed_attention", q.shape[1], seq_len)
-    if rows is None and k_cmp.shape[1] < n_compressed(S, cfg):
-        raise ValueError(
-            f"compressed_attention: {k_cmp.shape[1]} compressed keys, but seq_len = {S} has "
-            f"{n_compressed(S, cfg)} blocks"
-        )
+    S, rows = check_seq_len("compressed_attention", q, seq_len)
+    check_blocks("compressed_attention", k_cmp, longest(S, rows), cfg)
     if backend == "reference":
         out, lse, count = _reference(q, k_cmp, v_cmp, cfg, S, rows)
     else:

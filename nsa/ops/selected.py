@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from nsa import routing
 from nsa.config import NSAConfig
 from nsa.ops import dense
-from nsa.ops.checks import check_qkv, check_seq_len, each_row, pad_front
+from nsa.ops.checks import check_qkv, check_seq_len, each_row, longest, pad_front
 from nsa.ops.combine import apply_gate
 
 # Query rows (pairs x heads) of a tile against one KV block: enough for a good product, few enough to waste little.
@@ -42,8 +42,9 @@ def _gathered(
     def take(x: torch.Tensor) -> torch.Tensor:
         """[B,S,G,D] -> [B,T,G,N*l',D]; index_select's backward is repeatable, and by batch row it copies no cache."""
         x = x.to(dtype) if x.requires_grad else x  # so that the rows of a token's gradient are summed in fp32
-        rows = [one[:S].reshape(S * G, -1).index_select(0, i.flatten()) for one, i in zip(x, index, strict=True)]
-        return torch.stack(rows).view(B, T, G, N * l_sel, -1)
+        flat = (one[:S].reshape(S * G, x.shape[3]) for one in x)
+        rows = [one.index_select(0, i.flatten()) for one, i in zip(flat, index, strict=True)]
+        return torch.stack(rows).view(B, T, G, N * l_sel, x.shape[3])
 
     scores = torch.einsum("btgrd,btgsd->btgrs", q.to(dtype).unflatten(2, (G, H // G)), take(k).to(dtype)) * D**-0.5
     scores = scores.masked_fill(~valid.unsqueeze(3), float("-inf"))
@@ -107,14 +108,14 @@ def selected_attention(
     cannot run.
     """
     check_qkv("selected_attention", q, k, v)
-    S, rows = check_seq_len("selected_attention", q.shape[1], k.shape[1] if seq_len is None else seq_len)
+    S, rows = check_seq_len("selected_attention", q, k.shape[1] if seq_len is None else seq_len)
     if blocks.dtype != torch.int32 or blocks.shape[:3] != (*q.shape[:2], k.shape[2]):
         raise ValueError(
             f"selected_attention: blocks are {blocks.dtype} {tuple(blocks.shape)}; "
             f"expected int32 [{q.shape[0]}, {q.shape[1]}, {k.shape[2]}, N]"
         )
-    if rows is None and k.shape[1] < S:
-        raise ValueError(f"selected_attention: seq_len = {S} but k holds {k.shape[1]} positions")
+    if k.shape[1] < longest(S, rows):
+        raise ValueError(f"selected_attention: seq_len = {longest(S, rows)} but k holds {k.shape[1]} positions")
     if backend == "reference":
         out, count = _reference(q, k, v, blocks, cfg.l_sel, S, rows)
     else:

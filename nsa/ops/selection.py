@@ -5,7 +5,7 @@ import torch
 from nsa import routing
 from nsa.blocks import n_compressed, n_selection, overlap_taps
 from nsa.config import NSAConfig
-from nsa.ops.checks import check_seq_len, each_row, pad_front
+from nsa.ops.checks import check_blocks, check_qkv, check_seq_len, each_row, longest, pad_front
 from nsa.ops.compressed import visible_blocks
 
 # Scores of one chunk of queries, in elements a head: they should stay in the second-level cache.
@@ -105,7 +105,9 @@ def select_blocks(
     fewer than N candidates. The first `init_blocks`, the query's own block and the `local_blocks` - 1 before it are
     always chosen. No gradient flows through the choice.
     """
-    S, rows = check_seq_len("select_blocks", q.shape[1], seq_len)
+    check_qkv("select_blocks", q, k_cmp, k_cmp)
+    S, rows = check_seq_len("select_blocks", q, seq_len)
+    check_blocks("select_blocks", k_cmp, longest(S, rows), cfg)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"select_blocks: lse has shape {tuple(lse.shape)}; expected {tuple(q.shape[:3])}")
     q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()

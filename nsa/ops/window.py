@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from nsa import routing
 from nsa.config import NSAConfig
 from nsa.ops import dense
-from nsa.ops.checks import check_qkv, check_seq_len, each_row, pad_front
+from nsa.ops.checks import check_qkv, check_seq_len, each_row, longest, pad_front
 from nsa.ops.combine import apply_gate
 
 
@@ -70,12 +70,10 @@ def sliding_window_attention(
     """
     check_qkv("sliding_window_attention", q, k, v)
     T = q.shape[1]
-    S, rows = check_seq_len("sliding_window_attention", T, k.shape[1] if seq_len is None else seq_len)
-    if rows is None and k.shape[1] < min(S, cfg.w + T - 1):
-        raise ValueError(
-            f"sliding_window_attention: {k.shape[1]} keys, but {T} queries with w = {cfg.w} need "
-            f"{min(S, cfg.w + T - 1)}"
-        )
+    S, rows = check_seq_len("sliding_window_attention", q, k.shape[1] if seq_len is None else seq_len)
+    needed = min(longest(S, rows), cfg.w + T - 1)
+    if k.shape[1] < needed:
+        raise ValueError(f"sliding_window_attention: {k.shape[1]} keys, but {T} queries with w = {cfg.w} need {needed}")
     if backend == "reference":
         out, count = _reference(q, k, v, cfg, S, rows)
     else:

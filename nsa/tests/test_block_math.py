@@ -126,6 +126,11 @@ def test_a_pattern_that_does_not_fit_together_is_refused_with_its_numbers(change
         ({"d_k": 15}, ("15",)),
         ({"rope_scale": 0.0}, ("rope_scale", "0.0")),
         ({"dim": 0}, ("dim", "0")),
+        ({"ffn_dim": 0}, ("ffn_dim", "0")),
+        ({"ffn_dim": -1}, ("ffn_dim", "-1")),
+        ({"norm_eps": -1.0}, ("norm_eps", "-1.0")),
+        ({"rope_theta": float("nan")}, ("rope_theta", "nan")),
+        ({"rope_scale": float("inf")}, ("rope_scale", "inf")),
     ],
 )
 def test_a_model_that_does_not_fit_together_is_refused_with_its_numbers(changes, numbers):

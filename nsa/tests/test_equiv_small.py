@@ -283,6 +283,24 @@ def test_a_row_shorter_than_the_tile_has_its_queries_at_the_end(op, backend):
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("op", ["compressed", "selected", "window"])
+def test_a_row_without_a_position_gives_zeros(op, backend):
+    cfg, T = shapes.PATTERNS["dense"], 3
+    q, k, v = inputs(2, T, 40)
+    seq_len = torch.tensor([40, 0], dtype=torch.int32)
+    if op == "compressed":
+        out = compressed_attention(q, k, v, cfg, seq_len=seq_len, backend=backend)[0]
+    elif op == "window":
+        out = sliding_window_attention(q, k, v, cfg, seq_len=seq_len, backend=backend)
+    else:
+        chosen = torch.full((2, T, 2, cfg.n_sel), -1, dtype=torch.int32)
+        chosen[0] = fixed_selection(1, T, 2, 40, cfg)[0]
+        out = selected_attention(q, k, v, chosen, cfg, seq_len=seq_len, backend=backend)
+    assert out[0].all()
+    assert not out[1].any()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
 def test_selection_takes_each_row_at_its_own_length(backend):
     cfg, lengths, T = shapes.PATTERNS["small"], [110, 33, 9], 9
     C = arithmetic.n_compressed(max(lengths), cfg)

@@ -153,6 +153,8 @@ def test_tensors_that_do_not_fit_are_named(op, change, said):
         (19, "19 .* 20 queries"),
         (torch.tensor(40), "seq_len is torch.int64"),
         (torch.tensor([40.0, 40.0]), "seq_len is torch.float32"),
+        (torch.tensor([40]), r"\(1,\); expected int32 \[2\]"),
+        (torch.tensor([40, -3]), "seq_len = -3 in row 1"),
     ],
 )
 def test_a_sequence_length_that_does_not_fit_is_named(op, seq_len, said):
@@ -186,6 +188,27 @@ def test_a_block_list_of_another_shape_or_type_is_named():
         selected_attention(q, k, v, chosen.long(), CFG)
     with pytest.raises(ValueError, match=r"expected int32 \[1, 20, 2, N\]"):
         selected_attention(q, k, v, chosen[:, :5], CFG)
+
+
+def test_rows_longer_than_the_keys_are_refused():
+    q, k, v = inputs(2, 20, 9)
+    rows = torch.tensor([20, 80], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 has 19"):
+        compressed_attention(q, k, v, CFG, seq_len=rows)
+    with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 has 19"):
+        select_blocks(q, k, torch.zeros(2, 20, 4, dtype=torch.float64), CFG, seq_len=rows)
+    with pytest.raises(ValueError, match=r"9 keys.*w = 20 need 39"):
+        sliding_window_attention(q, k, v, CFG, seq_len=rows)
+    with pytest.raises(ValueError, match="seq_len = 80 but k holds 9"):
+        selected_attention(q, k, v, fixed_selection(2, 20, 2, 20, CFG), CFG, seq_len=rows)
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 20), (2, 0)])
+@pytest.mark.parametrize("op", ["compressed", "selected", "window"])
+def test_inputs_without_a_query_are_named(op, B, T):
+    q, k, v = inputs(2, 20, 40)
+    with pytest.raises(ValueError, match="no query"):
+        _call(op, q[:B, :T], k[:B], v[:B])
 
 
 def test_an_lse_of_other_queries_is_refused():
