@@ -85,8 +85,9 @@ def test_the_last_lines_of_a_failure_are_kept_without_the_machines_paths(context
 
 
 def test_peak_memory_of_the_largest_process_is_measured(context):
-    record = execute.run(script("python -c 'x = bytearray(300 << 20)'"), context)
-    assert 300 < record.peak_mb < 400
+    # More than this process ever held: a child starts as its parent's copy, and the kernel counts that too.
+    record = execute.run(script("python -c 'x = bytearray(1500 << 20)'"), context)
+    assert 1500 < record.peak_mb < 1600
 
 
 def test_a_process_left_in_the_background_is_ended(context):
