@@ -7,6 +7,7 @@ import re
 import sys
 from typing import NoReturn
 
+from nsa import routing
 from nsa.config import ModelConfig, NSAConfig
 
 # The configuration speaks of `model.n_heads`; whoever typed `--heads` should read `--heads`.
@@ -64,8 +65,10 @@ def add_layer_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
 
 
 def layer_config(parser: argparse.ArgumentParser, args: argparse.Namespace, rope_scale: float = 1.0) -> ModelConfig:
-    """The one-layer model of the flags; numbers that do not fit together end the script with one line."""
+    """The one-layer model of the flags; numbers that do not fit together, or an NSA_* variable that is not 1 or 0,
+    end the script with one line."""
     try:
+        routing.flags()
         return ModelConfig(
             dim=args.dim,
             n_layers=1,

@@ -98,11 +98,15 @@ class CsvLog:
 def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
     """Rows of a CSV whose header starts with the row's columns; more columns on the right are ignored."""
     path = Path(path)
+    if path.is_dir():
+        raise RecordError(f"{path}: is a directory; name a CSV file in it")
     if not path.is_file():
         raise RecordError(f"{path}: no such file; run the command that writes it first")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.reader(file))
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror}); name a file that can") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise RecordError(f"{path}: not a text file of comma-separated values ({error})") from error
     want, got = header(row_type), lines[0] if lines else []
@@ -115,7 +119,7 @@ def read_rows(path: str | Path, row_type: type[Row]) -> list[Row]:
         try:
             rows.append(row_type(**{name: types[name](value) for name, value in zip(want, line, strict=False)}))
         except (TypeError, ValueError) as error:
-            raise RecordError(f"{path}:{number}: unreadable row {','.join(line)!r}") from error
+            raise RecordError(f"{path}:{number}: unreadable row {','.join(line)!r}; mend or remove the line") from error
     return rows
 
 

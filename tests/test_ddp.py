@@ -157,10 +157,11 @@ def _pid_of_rank_1(launcher):
     [
         (1, {}, r"runtime\.ddp = 1 but RANK is not set"),
         (0, {"RANK": "0", "WORLD_SIZE": "2"}, r"runtime\.ddp = 0 with WORLD_SIZE = 2"),
+        (-1, {"WORLD_SIZE": "2"}, r"WORLD_SIZE = 2 but RANK, MASTER_ADDR, MASTER_PORT not set: start with torchrun"),
     ],
 )
 def test_a_launch_that_does_not_fit_is_named(monkeypatch, ddp, variables, said):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

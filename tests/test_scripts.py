@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from nsa import routing
 from nsa.blocks import n_compressed, reads, reads_range
 from nsa.config import NSAConfig
 from nsa.records import DecodeRow, header
@@ -78,6 +79,13 @@ def test_print_routing_names_a_flag_that_is_neither_1_nor_0():
     result = run("scripts/print_routing.py", NSA_USE_FA2="maybe")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "print_routing: NSA_USE_FA2='maybe': use 1 or 0, or leave it unset\n"
+
+
+@pytest.mark.parametrize("script", ["scripts/demo_64k.py", "bench/bench_decode.py"])
+def test_a_layer_script_names_a_flag_that_is_neither_1_nor_0(script, refuses, monkeypatch):
+    monkeypatch.setenv("NSA_USE_TRITON_SEL", "maybe")
+    routing.flags.cache_clear()
+    refuses(script, [], "NSA_USE_TRITON_SEL='maybe': use 1 or 0")
 
 
 def test_print_routing_is_indented_json_and_nothing_else_from_any_folder(tmp_path):

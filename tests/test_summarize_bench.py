@@ -98,6 +98,7 @@ def test_a_file_that_is_no_benchmark_is_named(decode_csv, spoil):
     assert (result.returncode, result.stdout) == (2, "")
     assert str(decode_csv) in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+    assert spoil is not folder or "is a directory" in result.stderr
 
 
 def test_needs_no_torch(decode_csv):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from nsa import routing
 from nsa.model import Block, Transformer
 from nsa.records import TrainRow, ValRow, read_rows
 from nsa.train import checkpoint, config
@@ -377,6 +378,13 @@ def test_the_script_tells_a_users_mistake_in_a_line(script, capsys, arguments, s
     assert out == ""
     assert err.startswith(f"train_showcase: {said}")
     assert len(err.splitlines()) == 1
+
+
+def test_a_routing_flag_that_is_neither_1_nor_0_is_a_users_mistake(script, capsys, monkeypatch):
+    monkeypatch.setenv("NSA_USE_FA2", "maybe")
+    routing.flags.cache_clear()
+    assert script([]) == 2
+    assert capsys.readouterr().err == "train_showcase: NSA_USE_FA2='maybe': use 1 or 0, or leave it unset\n"
 
 
 def test_a_mistake_is_told_by_rank_0_alone(script, capsys, monkeypatch):

@@ -18,6 +18,8 @@ from nsa.train.errors import ConfigError, TrainError
 
 T = TypeVar("T")
 
+# What torchrun sets and a process group needs.
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # A rank that waits longer than this for another fails, so that a run ends rather than hangs.
 PATIENCE = timedelta(minutes=10)
 
@@ -97,6 +99,11 @@ def init(ddp: int, device: str) -> World:
             "runtime.ddp = 1 but RANK is not set: start with torchrun --nproc_per_node=N, or drop --ddp 1"
         )
     join = ddp == 1 or size > 1
+    if join and (absent := [name for name in _LAUNCHED if name not in os.environ]):
+        raise ConfigError(
+            f"WORLD_SIZE = {size} but {', '.join(absent)} not set: start with torchrun --nproc_per_node=N, or unset "
+            "WORLD_SIZE and RANK for one process"
+        )
     where = _device(device, local_rank, join)
     if where.type == "cuda":
         torch.cuda.set_device(where)

@@ -20,12 +20,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nsa import routing
 from nsa.model import Transformer
 from nsa.records import TrainRow, ValRow
 from nsa.train import checkpoint, dist
 from nsa.train.config import TrainConfig
 from nsa.train.data import Source, open_data, seed_of
-from nsa.train.errors import CheckpointError, NonFiniteError
+from nsa.train.errors import CheckpointError, ConfigError, NonFiniteError
 from nsa.train.optim import build_optimizer, build_scheduler
 from nsa.train.telemetry import RunLog, check_target, environment, peak_memory, prepare, say
 
@@ -91,6 +92,10 @@ def train(cfg: TrainConfig, *, emit: Callable[[str], None] = print) -> TrainResu
     Raises TrainError: UsageError before anything is trained, NonFiniteError naming the step, SaveError.
     """
     stop = Stop()
+    try:
+        routing.flags()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     world = dist.init(cfg.runtime.ddp, cfg.runtime.device)
     try:
         with stop.listening():
