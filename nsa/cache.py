@@ -96,12 +96,20 @@ class KVCache:
     def __init__(
         self, cfg: ModelConfig, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype
     ) -> None:
+        self.cfg, self.batch = cfg, batch
         self.layers = [LayerCache(cfg, batch, max_len, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
 
     @property
     def length(self) -> int:
         """Positions held."""
         return self.layers[0].length
+
+    def check_fits(self, cfg: ModelConfig, batch: int) -> None:
+        """ValueError if it was built for another model or another number of rows; nothing has been written then."""
+        if batch != self.batch:
+            raise ValueError(f"cache holds {self.batch} batch rows, but ids have {batch}; build it with batch={batch}")
+        if cfg != self.cfg:
+            raise ValueError("cache was built for another ModelConfig than the model's; build it with model.cfg")
 
     def rewind(self, n: int) -> None:
         """Forget the last n positions of every layer."""

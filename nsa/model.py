@@ -77,6 +77,10 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """ids [B,T] int64 -> final normalised states [B,T,dim]; with a cache the ids follow what it holds."""
+        if ids.dim() != 2 or not ids.numel():
+            raise ValueError(f"ids have shape {tuple(ids.shape)}; expected [B, T] with at least one row and one token")
+        if cache is not None:
+            cache.check_fits(self.cfg, len(ids))
         start = 0 if cache is None else cache.length
         x = self.embed(ids)
         rope = Rope.of(self.cfg, start, ids.shape[1], ids.device, x.dtype)
@@ -120,8 +124,8 @@ class Transformer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """Continue ids [B,T] by max_new_tokens: greedily at temperature 0, else by sampling -> [B,T+max_new_tokens]."""
-        if ids.shape[1] < 1:
-            raise ValueError("generate needs at least one token to continue from")
+        if max_new_tokens < 0 or not temperature >= 0:
+            raise ValueError(f"max_new_tokens = {max_new_tokens}, temperature = {temperature}: neither may be below 0")
         dtype = (
             torch.get_autocast_dtype(ids.device.type)
             if torch.is_autocast_enabled(ids.device.type)

@@ -76,6 +76,31 @@ def test_generation_is_the_argmax_of_the_training_forward_at_every_step():
     assert torch.equal(model.generate(ids, 20), want)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (5,)])
+def test_ids_that_hold_no_token_or_no_batch_are_named(shape):
+    model = _model()
+    for call in (model, lambda ids: model.generate(ids, 1) if ids.dim() == 2 else model(ids)):
+        with pytest.raises(ValueError, match=r"ids have shape .*expected \[B, T\]"):
+            call(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_a_cache_of_other_rows_or_of_another_model_is_refused_and_left_as_it_was():
+    model, ids = _model(), _ids(2, 9)
+    for other, said in (
+        (_cache(model, 3, 20), "3 batch rows, but ids have 2"),
+        (_cache(_model(w=9), 2, 20), "another"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=said):
+            model(ids, other)
+        assert [layer.length for layer in other.layers] == [0, 0]
+
+
+@pytest.mark.parametrize(("count", "temperature"), [(-1, 0.0), (2, -0.5), (2, float("nan"))])
+def test_generation_refuses_what_has_no_meaning(count, temperature):
+    with pytest.raises(ValueError, match="neither may be below 0"):
+        _model().generate(_ids(1, 5), count, temperature=temperature)
+
+
 def test_sampling_repeats_with_its_generator():
     model, ids = _model(), _ids(1, 5)
     runs = [model.generate(ids, 30, temperature=1.0, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
