@@ -14,7 +14,7 @@ from typing import Any
 
 from ci import contract, execute, facts, junit, outcome, preflight
 from ci.outcome import RunResult, StepOutcome, StepRecord
-from ci.runbook import Runbook, Step
+from ci.runbook import SOURCE, Runbook, Step
 
 MEANING = {
     0: "ready",
@@ -68,6 +68,8 @@ class Session:
         for each in findings:
             if each.status != "ok":
                 self.say(f"  {each.status}: {each.name}: {each.detail}")
+        if self.book.path.resolve() != SOURCE.resolve():
+            self.say(f"  note: judged by {self.book.path.name} (--steps, NSA_CI_STEPS), not by this checkout's runbook")
         if dropped := execute.foreign_flags():
             self.say(f"  note: not handed to the steps: {', '.join(dropped)}")
         return code
@@ -137,7 +139,7 @@ class Session:
         path = self.artifacts / "env.json"
         try:
             return str(json.loads(path.read_text())["profile"])
-        except (OSError, json.JSONDecodeError, KeyError) as error:
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise outcome.OutcomeError("nothing has run here yet; run: ci/nox -s readiness") from error
 
     def close_stage(self, stage: str, steps: list[StepOutcome]) -> int:

@@ -98,6 +98,7 @@ def test_a_planted_step_gives_its_verdict_and_code(everything, name):
 def test_a_run_with_canaries_is_not_ready_and_says_how_to_repeat_each(everything):
     root, done, judged = everything
     assert done.returncode == 1
+    assert "note: judged by canaries.toml" in done.stdout
     assert json.loads((root / "artifacts/exit.json").read_text())["code"] == 1
     assert outcome.load_result(root / "artifacts/result.json").verdict == "NOT READY"
     lines = done.stdout.splitlines()

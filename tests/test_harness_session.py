@@ -71,7 +71,11 @@ def test_a_place_for_the_evidence_that_cannot_be_written_is_a_configuration_erro
     assert json.loads((tmp_path / "artifacts/exit.json").read_text())["code"] == 78
 
 
-def test_a_report_before_any_run_says_what_to_run(tmp_path):
+@pytest.mark.parametrize("env", [None, "[", "[]", "{}"])
+def test_a_report_before_any_run_says_what_to_run(tmp_path, env):
+    if env is not None:
+        (tmp_path / "artifacts").mkdir()
+        (tmp_path / "artifacts/env.json").write_text(env)
     done = ci(tmp_path, "report")
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["ci: nothing has run here yet; run: ci/nox -s readiness"]
