@@ -1,11 +1,16 @@
 """What tests of optional backends share: a skip that gives routing's own reasons, and proof that a kernel ran."""
 
+import os
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
+from multiprocessing import get_context
 
 import pytest
 import torch
 
 from nsa import routing
+from nsa.testing import interpreter
 
 
 @pytest.fixture
@@ -33,3 +38,21 @@ def launched():
         assert routing.launches[op, backend] > before, f"{op}: no {backend} launch, only {dict(routing.launches)}"
 
     return watch
+
+
+def _interpret():
+    # Triton reads it when a kernel is defined, so one process either interprets or compiles.
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    interpreter.install()
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """interpreted(check, *args): what `check`, a function of a test module, returns in a process whose Triton
+    interprets kernels on CPU tensors."""
+    if find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(_interpret).result()
+        yield lambda check, *args: pool.submit(check, *args).result()
