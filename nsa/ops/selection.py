@@ -135,13 +135,14 @@ def _select(
     route = routing.choose("selection", q, k_cmp, backend=backend)
     routing.launches["selection", route.backend] += 1
     cfg = NSAConfig(l=l, d=d, l_sel=l_sel, n_sel=n_sel, init_blocks=init_blocks, local_blocks=local_blocks)
+    choose = _select_triton if route.backend == "triton" else _select_chunks
     if rows is None:
-        return _select_chunks(q, k_cmp, lse, cfg, seq_len)
+        return choose(q, k_cmp, lse, cfg, seq_len)
     T = q.shape[1]
 
     def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
         row = slice(b, b + 1)
-        return (pad_front(_select_chunks(q[row, T - t :], k_cmp[row], lse[row, T - t :], cfg, S), T, -1),)
+        return (pad_front(choose(q[row, T - t :], k_cmp[row], lse[row, T - t :], cfg, S), T, -1),)
 
     (blocks,) = each_row(one, T, rows)
     return blocks
@@ -150,6 +151,23 @@ def _select(
 @_select.register_fake
 def _(q, k_cmp, lse, l, d, l_sel, n_sel, init_blocks, local_blocks, seq_len, rows, backend):  # noqa: E741
     return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], n_sel, dtype=torch.int32)
+
+
+def _select_triton(q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor, cfg: NSAConfig, S: int) -> torch.Tensor:
+    from nsa.kernels.selection import select
+
+    return select(
+        q,
+        k_cmp,
+        lse,
+        l=cfg.l,
+        d=cfg.d,
+        l_sel=cfg.l_sel,
+        n_sel=cfg.n_sel,
+        init_blocks=cfg.init_blocks,
+        local_blocks=cfg.local_blocks,
+        seq_len=S,
+    )
 
 
 def _select_chunks(q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor, cfg: NSAConfig, S: int) -> torch.Tensor:

@@ -1,12 +1,16 @@
 """The mended interpreter computes bfloat16 and fp16 as a GPU does: exact products, fp32 sums, round to nearest even."""
 
+from typing import Any
+
 import pytest
 import torch
+
+tl: Any = None  # Triton looks for it among a kernel's globals
 
 
 def _arithmetic(dtype):
     """Products, a sum, a power and a cast of random values, interpreted, beside torch's own -> largest difference."""
-    global tl  # Triton looks for it among a kernel's globals
+    global tl
     import triton
     import triton.language as tl
 
