@@ -1,8 +1,9 @@
 """What every kernel needs on every card, compiled here and now, without a GPU: python -m nsa.kernels.report
 
-Compiles each entry of the kernels' launch tables for sm_80, sm_89 and sm_90 with the installed Triton and prints
-shared memory against the card's limit, registers, spills and asynchronous copies. Exit code 1 if an entry does not
-compile, does not fit or lost its asynchronous copies; 2 where there is no Triton.
+Compiles each launch that the kernels' host code makes on sm_80, sm_89 and sm_90, over the head layouts, head dims and
+dtypes of `CASES`, with the installed Triton; prints shared memory against the card's limit, registers, spills and
+asynchronous copies. Exit code 1 if an entry does not compile, does not fit or lost its asynchronous copies; 2 where
+there is no Triton.
 """
 
 from __future__ import annotations
@@ -10,91 +11,126 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import nsa.kernels
-from nsa.kernels.specimen import Specimen
+import torch
+
+from nsa.kernels.recorder import Launch, recorded
+from nsa.routing import has_kernel
 
 # Dynamic shared memory that one block may ask for, in bytes.
 SHARED_LIMITS = {80: 166_912, 89: 101_376, 90: 232_448}
-REGISTER_FILE = 65_536  # 32-bit registers a block may hold, on all three
-COLUMNS = ("kernel", "arch", "shared", "limit", "registers", "spills", "cp_async", "warps", "stages", "verdict")
+REGISTER_FILE = 65_536  # 32-bit registers that one block may hold, on all three
+# Kernels whose loop over keys must overlap its loads with arithmetic where the launch has a second stage.
+PIPELINED = ("selection.score",)
+COLUMNS = ("kernel", "arch", "case", "shared", "limit", "registers", "spills", "cp_async", "warps", "stages", "verdict")
 
 
-def specimens(sm: int) -> Iterator[Specimen]:
-    """The launch tables of every module in nsa.kernels that exports `specimens(sm)`."""
-    for info in pkgutil.iter_modules(nsa.kernels.__path__):
-        if info.name == "report":
-            continue
-        module = importlib.import_module(f"nsa.kernels.{info.name}")
-        if hasattr(module, "specimens"):
-            yield from module.specimens(sm)
+class Case(NamedTuple):
+    """One call of every op: queries, positions, heads a group, head dim, dtype."""
+
+    T: int
+    S: int
+    R: int
+    D: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} R{self.R} D{self.D} T{self.T} S{self.S}"
 
 
-def compile_for(specimen: Specimen, sm: int) -> Any:
+CASES = (
+    *(Case(S, S, R, D, torch.bfloat16) for S, R, D in ((65_536, 16, 128), (65_536, 4, 128), (65_536, 6, 64))),
+    *(Case(4_096, 4_096, R, D, torch.bfloat16) for R, D in ((1, 32), (3, 64), (8, 192), (32, 128))),
+    *(Case(4_096, 4_096, R, D, torch.float32) for R, D in ((6, 64), (16, 128))),
+    Case(4_096, 4_096, 6, 64, torch.float16),
+    *(Case(1, 65_536, R, D, torch.bfloat16) for R, D in ((16, 128), (6, 64))),
+    Case(4_096, 1_048_576, 6, 64, torch.bfloat16),
+)
+
+
+def launches(case: Case, sm: int) -> list[Launch]:
+    """What the ops of this build launch for a case on a card, forward and backward, at 32/16/64/16."""
+
+    def tensor(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    G, H = 2, 2 * case.R
+    q, k, lse = tensor(1, case.T, H, case.D), tensor(1, case.S, G, case.D), tensor(1, case.T, H, dtype=torch.float32)
+    blocks = tensor(1, case.T, G, 16, dtype=torch.int32)
+    modules = {op: importlib.import_module(f"nsa.kernels.{op}") for op in ("selection", "selected") if has_kernel(op)}
+    with recorded(sm) as recording:
+        if "selection" in modules:
+            pattern = {"l": 32, "d": 16, "l_sel": 64, "n_sel": 16, "init_blocks": 1, "local_blocks": 2}
+            cmp = k[:, : (case.S - 32) // 16 + 1]
+            modules["selection"].select(q, cmp, lse, **pattern, seq_len=case.S)
+        if "selected" in modules:
+            modules["selected"].forward(q, k, k, blocks, 64, case.S, False)
+            if case.T == case.S:
+                modules["selected"].backward(q, q, k, k, blocks, q, lse, 64, case.S)
+    return recording.launches
+
+
+def compile_for(launch: Launch, sm: int) -> Any:
     """The compiled kernel. Raises what Triton raises."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
-    return triton.compile(_source(specimen), target=GPUTarget("cuda", sm, 32), options=options)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return triton.compile(_source(launch), target=GPUTarget("cuda", sm, 32), options=options)
 
 
-def _source(specimen: Specimen) -> Any:
+def _source(launch: Launch) -> Any:
     """The kernel specialised as a launch would be; Triton 3.2 changed how that is written down."""
     import triton
     from triton.compiler import ASTSource
 
-    kernel, names = specimen.kernel, list(specimen.kernel.arg_names)
-    types = {name: kind.partition(":")[0] for name, kind in specimen.signature.items()}
-    ones = [name for name, kind in specimen.signature.items() if kind.endswith(":1")]
-    aligned = [name for name, kind in specimen.signature.items() if kind.endswith(":16")]
-    constants = {**specimen.constants, **dict.fromkeys(ones, 1)}
-    unknown = set(names) ^ (set(types) | set(specimen.constants))
-    if unknown:
-        raise ValueError(f"{specimen.name}: signature and kernel differ in {', '.join(sorted(unknown))}")
+    kernel, names = launch.kernel, list(launch.kernel.arg_names)
+    constants = {**launch.constants, **dict.fromkeys(launch.ones, 1)}
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2):
         from triton.compiler.compiler import AttrsDescriptor
 
         attributes = AttrsDescriptor(
-            divisible_by_16={names.index(n) for n in aligned}, equal_to_1={names.index(n) for n in ones}
+            divisible_by_16={names.index(n) for n in launch.aligned}, equal_to_1={names.index(n) for n in launch.ones}
         )
-        return ASTSource(kernel, {n: types[n] for n in names if n in types}, constants, attributes)
-    signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    return ASTSource(kernel, signature, constants, {(names.index(n),): [["tt.divisibility", 16]] for n in aligned})
+        return ASTSource(kernel, {n: launch.types[n] for n in names if n in launch.types}, constants, attributes)
+    signature = {n: "constexpr" if n in constants else launch.types[n] for n in names}
+    return ASTSource(
+        kernel, signature, constants, {(names.index(n),): [["tt.divisibility", 16]] for n in launch.aligned}
+    )
 
 
-def measure(specimen: Specimen, sm: int) -> dict[str, Any]:
-    """One row of the table. An entry that the compiler refuses is a row whose verdict says so."""
+def measure(launch: Launch, sm: int) -> dict[str, Any]:
+    """One row of the table. A launch that the compiler refuses is a row whose verdict says so."""
     from triton.compiler.errors import CompilationError
 
-    row: dict[str, Any] = {"kernel": specimen.name, "arch": f"sm_{sm}"}
+    row: dict[str, Any] = {"kernel": launch.name, "arch": f"sm_{sm}"}
     try:
-        compiled = compile_for(specimen, sm)
+        compiled = compile_for(launch, sm)
     except (CompilationError, RuntimeError) as error:
         return {**row, "verdict": f"does not compile: {str(error).strip().splitlines()[-1]}"}
     registers, spills = _resources(compiled.asm["ptx"], compiled.asm["cubin"])
-    copies = compiled.asm["ptx"].count("cp.async.cg") + compiled.asm["ptx"].count("cp.async.ca")
-    row |= {
-        **{"shared": compiled.metadata.shared, "limit": SHARED_LIMITS[sm], "registers": registers, "spills": spills},
-        **{"cp_async": copies, "warps": specimen.num_warps, "stages": specimen.num_stages},
-    }
-    held = -(-registers // 8) * 8 * 32 * specimen.num_warps
+    copies = len(re.findall(r"cp\.async\.c[ag]", compiled.asm["ptx"]))
+    shared = compiled.metadata.shared
     complaints = []
-    if row["shared"] > row["limit"]:
+    if shared > SHARED_LIMITS[sm]:
         complaints.append("shared memory above the limit")
-    if held > REGISTER_FILE:
+    if -(-registers // 8) * 8 * 32 * launch.warps > REGISTER_FILE:
         complaints.append("registers above the file")
-    if specimen.async_copies and not copies:
+    if launch.name in PIPELINED and launch.stages > 1 and not copies:
         complaints.append("loads are not pipelined")
-    return {**row, "verdict": ", ".join(complaints) or "fits"}
+    return row | {
+        **{"shared": shared, "limit": SHARED_LIMITS[sm], "registers": registers, "spills": spills},
+        **{"cp_async": copies, "warps": launch.warps, "stages": launch.stages},
+        "verdict": ", ".join(complaints) or "fits",
+    }
 
 
 def _resources(ptx: str, cubin: bytes) -> tuple[int, int]:
@@ -116,6 +152,18 @@ def _resources(ptx: str, cubin: bytes) -> tuple[int, int]:
     return registers, sum(int(found) for found in re.findall(r"(\d+) bytes spill stores", said))
 
 
+def card(sm: int, cases: tuple[Case, ...], match: str) -> list[dict[str, Any]]:
+    """The rows of one card: each distinct launch under the first case that makes it."""
+    seen: list[Launch] = []
+    rows = []
+    for case in cases:
+        for launch in launches(case, sm):
+            if match in f"{launch.name} {case}" and launch not in seen:
+                seen.append(launch)
+                rows.append({**measure(launch, sm), "case": str(case)})
+    return rows
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows under their column names, aligned."""
     cells = [list(COLUMNS), *([str(row.get(name, "-")) for name in COLUMNS] for row in rows)]
@@ -125,24 +173,26 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nsa.kernels.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m nsa.kernels.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the rows there, for the report")
-    parser.add_argument("--match", default="", help="only kernels whose name contains this")
+    parser.add_argument("--match", default="", help="only launches whose kernel and case contain this")
     options = parser.parse_args(arguments)
     try:
         import triton
     except ImportError:
-        print("no Triton here: pip install --no-deps triton compiles for a GPU without having one", file=sys.stderr)
+        print("no Triton here: `pip install --no-deps triton` compiles for a GPU without having one", file=sys.stderr)
         return 2
-    rows = [measure(s, sm) for sm in SHARED_LIMITS for s in specimens(sm) if options.match in s.name]
-    for row in rows:
-        row["triton"] = triton.__version__
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        cards = [pool.submit(card, sm, CASES, options.match) for sm in SHARED_LIMITS]
+        rows = [{**row, "triton": triton.__version__} for found in cards for row in found.result()]
     print(table(rows))
     bad = sum(row["verdict"] != "fits" for row in rows)
-    print(f"Triton {triton.__version__}: {len(rows)} compiled entries, {bad} that do not fit")
+    print(f"Triton {triton.__version__}: {len(rows)} launches compiled, {bad} not as they should be")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"kernels": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"kernels": [{n: row.get(n) for n in (*COLUMNS, "triton")} for row in rows]})
+        )
     return 1 if bad or not rows else 0
 
 

@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa.kernels.specimen import Specimen
-
 _LOG2E = math.log2(math.e)
+# Probabilities are scaled by 2**100, which leaves their order: the smallest that is not flushed is 1e-68, not 1e-38.
+HEADROOM = tl.constexpr(100.0)
 _WORKSPACE = 256 << 20  # bytes of scores at a time
 _PROGRAMS = 256  # a grid below this is widened by splitting the keys: decode, short tiles
 MAX_HEAD_DIM = 256
@@ -74,7 +74,7 @@ _VARYING = ["lines", "quads", "first", "rows", "past", "T", "G", "R", "splits"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def score_kernel(
+def _score(
     q, k, lse, planes,
     q_b, q_t, q_h, q_d, k_b, k_c, k_g, k_d, lse_b, lse_t, lse_h, lines, quads,
     first, rows, past, G, R, splits, scale,
@@ -112,7 +112,7 @@ def score_kernel(
         live = c_inside & (c_head < R)
         query = tl.load(q_at, mask=live[:, None] & (dim < D)[None, :], other=0.0)
         # +inf where there is no query: exp2(x - inf) = 0, and so a head that does not exist adds nothing.
-        shift = tl.load(lse_at, mask=live, other=float("inf")) * 1.4426950408889634
+        shift = tl.load(lse_at, mask=live, other=float("inf")) * 1.4426950408889634 - HEADROOM
 
     each = tl.cdiv(tl.cdiv(n_blocks, BM), splits)
     here = tl.zeros([BM, BQ], tl.float32)
@@ -131,7 +131,7 @@ def score_kernel(
             for head in range(0, R, HEADS):
                 live = c_inside & (head + c_head < R)
                 query = tl.load(q_at + head * q_h, mask=live[:, None] & (dim < D)[None, :], other=0.0)
-                shift = tl.load(lse_at + head * lse_h, mask=live, other=float("inf")) * 1.4426950408889634
+                shift = tl.load(lse_at + head * lse_h, mask=live, other=float("inf")) * 1.4426950408889634 - HEADROOM
                 s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
                 p += tl.sum(tl.reshape(tl.exp2(s * scale - shift[None, :]), (BM, HEADS, BQ)), 1)
         # Visibility is the same for all heads, so it is applied to their sum.
@@ -159,7 +159,7 @@ def _tap(offset, LENGTH: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def top_kernel(
+def _top(
     planes, blocks, lines, quads, first, rows, past, T, G,
     N: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, L_SEL: tl.constexpr,
     PLANES: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
@@ -233,7 +233,7 @@ def select(
     if blocks.numel() == 0:
         return blocks
     R, past, planes = H // G, seq_len - T, _planes(l, d, l_sel)
-    cut = tile(_sm(q.device), R, D, q.element_size())
+    cut = tile(capability(q), R, D, q.element_size())
     row_bytes = 16 * planes * B * G * triton.cdiv(triton.cdiv(seq_len, l_sel), 4)
     chunk = max(_WORKSPACE // row_bytes // cut.queries, 1) * cut.queries
     scores = torch.empty(row_bytes // 4 * min(chunk, T), dtype=torch.float32, device=q.device)
@@ -244,13 +244,13 @@ def select(
             lines, quads = B * G * rows, triton.cdiv(width, 4)
             tiles = triton.cdiv(rows, cut.queries)
             splits = max(1, min(triton.cdiv(width, cut.blocks), _PROGRAMS // (tiles * B * G)))
-            score_kernel[(tiles * splits, B * G, triton.cdiv(planes, 2))](
+            _score[(tiles * splits, B * G, triton.cdiv(planes, 2))](
                 q, k_cmp, lse, scores, *q.stride(), *k_cmp.stride(), *lse.stride(), lines, quads,
                 first, rows, past, G, R, splits, D**-0.5 * _LOG2E,
                 **_score_constants(cut, R, D, q.dtype, l, d, l_sel), num_warps=cut.warps, num_stages=cut.stages,
             )  # fmt: skip
             constants = _top_constants(width, l, d, l_sel, n_sel, init_blocks, local_blocks)
-            top_kernel[(lines,)](
+            _top[(lines,)](
                 scores, blocks, lines, quads, first, rows, past, T, G, **constants,
                 num_warps=top_warps(constants["BW"]),
             )  # fmt: skip
@@ -262,10 +262,11 @@ def _planes(l: int, d: int, l_sel: int) -> int:  # noqa: E741
     return 1 + triton.cdiv(l // d - 1, l_sel // d)
 
 
-def _sm(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter
+def capability(x: torch.Tensor) -> int:
+    """Compute capability of x's card, as 90 for 9.0; of an A100 where there is no card."""
+    if not x.is_cuda:
         return 80
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(x.device)
     return major * 10 + minor
 
 
@@ -303,36 +304,3 @@ def _top_constants(
         "BW": max(64, triton.next_power_of_2(width)),
         "BN": triton.next_power_of_2(n_sel),
     }
-
-
-def specimens(sm: int) -> list[Specimen]:
-    """Every entry of the launch tables on a card, for the pattern 32/16/64/16, as `nsa.kernels.report` compiles it."""
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    strides = ["q_b", "q_t", "q_h", "k_b", "k_c", "k_g"]
-    found = []
-    for dtype, D, R in [
-        *((torch.bfloat16, D, R) for D in (32, 64, 128) for R in (1, 4, 6, 16)),
-        *((dtype, D, R) for dtype in (torch.float16, torch.float32) for D, R in ((64, 6), (128, 16))),
-        (torch.bfloat16, 192, 8),
-        (torch.bfloat16, 128, 32),
-    ]:
-        cut = tile(sm, R, D, dtype.itemsize)
-        kind = names[dtype]
-        signature = {
-            **{"q": f"*{kind}:16", "k": f"*{kind}:16", "lse": "*fp32:16", "planes": "*fp32:16"},
-            **dict.fromkeys(strides, "i32:16"),
-            **{"q_d": "i32:1", "k_d": "i32:1", "lse_b": "i32", "lse_t": "i32", "lse_h": "i32:1"},
-            **dict.fromkeys(("lines", "quads", "first", "rows", "past", "G", "R", "splits"), "i32"),
-            "scale": "fp32",
-        }
-        constants = _score_constants(cut, R, D, dtype, 32, 16, 64)
-        name = f"selection.score {kind} D{D} R{R}"
-        found.append(Specimen(name, score_kernel, signature, constants, cut.warps, cut.stages))
-    for width in (64, 1024, 2048, 16384):
-        constants = _top_constants(width, 32, 16, 64, 16, 1, 2)
-        signature = {
-            **{"planes": "*fp32:16", "blocks": "*i32:16"},
-            **dict.fromkeys(("lines", "quads", "first", "rows", "past", "T", "G"), "i32"),
-        }
-        found.append(Specimen(f"selection.top {width}", top_kernel, signature, constants, top_warps(width), 3))
-    return found
