@@ -109,6 +109,7 @@ def test_equal_scores_go_to_the_lower_block(interpreted):
 def test_a_forced_block_that_scores_best_is_listed_once(interpreted, wanted):
     cfg = NSAConfig(l=4, d=4, l_sel=4, n_sel=5, w=4)
     weights = [1e-3] * 70
+    weights[0] = weights[68] = weights[69] = 1e-6  # chosen because they are forced, not by their score
     weights[wanted], weights[4], weights[60] = 1, 0.5, 0.4
     assert interpreted(_choose, cfg, 280, weights) == [0, 4, 60, 68, 69]
 
@@ -121,10 +122,12 @@ def test_the_outer_taps_have_half_the_weight_of_the_inner_ones(interpreted):
         assert interpreted(_choose, NSAConfig(n_sel=4), 704, weights) == [0, expected, 9, 10], inner
 
 
-def test_a_far_block_still_counts_at_tiny_probability(interpreted):
+@pytest.mark.parametrize("tiny", [1e-12, 1e-50])
+def test_a_far_block_still_counts_at_tiny_probability(interpreted, tiny):
+    """1e-50 is below what fp32 can hold: the kernel scales probabilities up."""
     cfg = NSAConfig(l=4, d=4, l_sel=4, n_sel=4, w=4)
-    weights = [1.0] + [1e-14] * 15
-    weights[4], weights[9] = 1e-12, 2e-12
+    weights = [1.0] + [tiny / 100] * 15
+    weights[4], weights[9] = tiny, 2 * tiny
     assert interpreted(_choose, cfg, 64, weights) == [0, 9, 14, 15]
 
 
