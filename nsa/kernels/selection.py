@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 def tile(sm: int, R: int, D: int, itemsize: int) -> Tile:
     """The launch table of the scores, by card, group size, head dim and bytes an element."""
     if itemsize == 4:  # three products of tf32 each: operands are held in parts
-        columns, blocks, stages = (64, 64, 2) if D <= 64 else (32, 32, 1)
+        columns, blocks, stages = (64, 64, 1) if D <= 64 else (32, 32, 1)
     else:
         columns, blocks, stages = (128, 64, 3) if D <= 128 else (64, 64, 2)
     heads = min(triton.next_power_of_2(R), columns // 8)

@@ -32,6 +32,7 @@ def install() -> None:
             interpreter.TensorHandle(np.array([value], np.float32), _types().float32), interpreter.TensorHandle
         )
     _index_by_one_element(interpreter)
+    _read_postponed_annotations(interpreter.GridExecutor)
 
 
 def _types() -> Any:
@@ -118,3 +119,14 @@ def _index_by_one_element(interpreter: Any) -> None:
         return result
 
     interpreter._patch_lang_tensor = patch
+
+
+def _read_postponed_annotations(executor: Any) -> None:
+    """Triton 3.0 takes a parameter for constexpr by its annotation's name, which `from __future__` turns into text."""
+    stock = executor.__init__
+
+    def initialise(self: Any, fn: Any, *rest: Any, **options: Any) -> None:
+        stock(self, fn, *rest, **options)
+        self.constexprs = [n for n in self.arg_names if "constexpr" in str(fn.__annotations__.get(n))]
+
+    executor.__init__ = initialise
