@@ -6,7 +6,7 @@ one dense product, and merge the slots of a query by logsumexp; no key is copied
 the same shape.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,15 @@ def selected_attention(
     return apply_gate(out, gate)
 
 
+def _forms(backend: str) -> tuple[Callable[..., tuple[torch.Tensor, ...]], Callable[..., tuple[torch.Tensor, ...]]]:
+    """The forward and backward that a backend names; they take and return the same."""
+    if backend == "triton":
+        from nsa.kernels import selected
+
+        return selected.forward, selected.backward
+    return _forward, _backward
+
+
 @torch.library.custom_op("nsa::selected_attention", mutates_args=())
 def _attend(
     q: torch.Tensor,
@@ -138,17 +147,20 @@ def _attend(
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     route = routing.choose("selected", q, k, v, backend=backend)
-    routing.launches["selected", route.backend] += 1
+    run = _forms(route.backend)[0]
     if rows is None:
-        return _forward(q, k, v, blocks, l_sel, seq_len, count)
+        result = run(q, k, v, blocks, l_sel, seq_len, count)
+        routing.launches["selected", route.backend] += 1
+        return result
     T = q.shape[1]
 
     def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
         row, last = slice(b, b + 1), slice(T - t, T)
-        out, lse, n = _forward(q[row, last], k[row], v[row], blocks[row, last], l_sel, S, count)
+        out, lse, n = run(q[row, last], k[row], v[row], blocks[row, last], l_sel, S, count)
         return pad_front(out, T, 0.0), pad_front(lse, T, float("-inf")), n
 
     out, lse, n = each_row(one, T, rows)
+    routing.launches["selected", route.backend] += 1
     return out, lse, n
 
 
@@ -178,19 +190,22 @@ def _attend_backward(
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     route = routing.choose("selected", q, k, v, backend=backend, training=True)
-    routing.launches["selected_backward", route.backend] += 1
+    run = _forms(route.backend)[1]
     if rows is None:
-        return _backward(dout, q, k, v, blocks, out, lse, l_sel, seq_len)
+        result = run(dout, q, k, v, blocks, out, lse, l_sel, seq_len)
+        routing.launches["selected_backward", route.backend] += 1
+        return result
     T = q.shape[1]
 
     def one(b: int, S: int, t: int) -> tuple[torch.Tensor, ...]:
         row, last = slice(b, b + 1), slice(T - t, T)
-        dq, dk, dv = _backward(
+        dq, dk, dv = run(
             dout[row, last], q[row, last], k[row], v[row], blocks[row, last], out[row, last], lse[row, last], l_sel, S
         )
         return pad_front(dq, T, 0.0), dk, dv
 
     dq, dk, dv = each_row(one, T, rows)
+    routing.launches["selected_backward", route.backend] += 1
     return dq, dk, dv
 
 
