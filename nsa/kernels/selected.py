@@ -106,17 +106,19 @@ def _block_forward(
             queries + i.to(tl.int64)[:, None] * sq_t + head[:, None] * sq_h + dk[None, :] * sq_d,
             mask=ok[:, None] & (dk[None, :] < DK), other=0.0,
         )  # fmt: skip
-        see = (token[None, :] <= (first + i)[:, None]) & (inside < L)[None, :]
-        s = tl.where(see, tl.dot(q, k, input_precision=IP) * scale2, float("-inf"))
-        m = tl.max(s, 1)
-        m = tl.where(m == float("-inf"), 0.0, m)  # a row past the list's end
-        p = tl.exp2(s - m[:, None])
-        z = tl.maximum(tl.sum(p, 1), 1e-30)
-        o = tl.dot(p.to(v.dtype), v, input_precision=IP) / z[:, None]
+        # A row past the list's end sees the whole block: no row of scores is empty.
+        see = token[None, :] <= tl.where(ok, first + i, 2147483647)[:, None]
+        if L != BS:
+            see = see & (inside < L)[None, :]
+        s = tl.where(see, tl.dot(q, k, input_precision=IP), float("-inf"))
+        m = tl.max(s, 1) * scale2
+        p = tl.exp2(s * scale2 - m[:, None])
+        z = tl.sum(p, 1)
+        o = tl.dot(p.to(v.dtype), v, input_precision=IP) * (1.0 / z)[:, None]
         place = (partial + pair - start * N) * R + head
         tl.store(
             Partial + place[:, None] * DV + dv[None, :], o.to(Partial.dtype.element_ty),
-            mask=ok[:, None] & (dv[None, :] < DV),
+            mask=ok[:, None] & (dv[None, :] < DV), cache_modifier=".cs",
         )  # fmt: skip
         tl.store(PartialLse + place, m + tl.log2(z), mask=ok)
         if COUNT:
@@ -264,11 +266,11 @@ def _block_backward(
     token = (key % M) * L + inside
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
     held = (inside < L) & (token < first + Tc + start)
-    at = token.to(tl.int64)[:, None]
+    line = token.to(tl.int64)[:, None]
     in_k = held[:, None] & (dk[None, :] < DK)
     in_v = held[:, None] & (dv[None, :] < DV)
-    k = tl.load(K + b * sk_b + g * sk_g + at * sk_t + dk[None, :] * sk_d, mask=in_k, other=0.0)
-    v = tl.load(V + b * sv_b + g * sv_g + at * sv_t + dv[None, :] * sv_d, mask=in_v, other=0.0)
+    k = tl.load(K + b * sk_b + g * sk_g + line * sk_t + dk[None, :] * sk_d, mask=in_k, other=0.0)
+    v = tl.load(V + b * sv_b + g * sv_g + line * sv_t + dv[None, :] * sv_d, mask=in_v, other=0.0)
     grad_k = tl.zeros([BS, DKP], tl.float32)
     grad_v = tl.zeros([BS, DVP], tl.float32)
     scale2 = scale * 1.4426950408889634
@@ -276,40 +278,43 @@ def _block_backward(
         x = x0 + tl.arange(0, ROWS)
         ok = x < rows
         pair = tl.load(Pairs + begin + x // R, mask=ok, other=0)
-        i = (pair // N).to(tl.int64)
+        i = pair // N
         head = x % R
+        at = i.to(tl.int64)
         h = g * R + head
         q = tl.load(
-            Q + b * sq_b + i[:, None] * sq_t + h[:, None] * sq_h + dk[None, :] * sq_d,
+            Q + b * sq_b + at[:, None] * sq_t + h[:, None] * sq_h + dk[None, :] * sq_d,
             mask=ok[:, None] & (dk[None, :] < DK), other=0.0,
         )  # fmt: skip
         do = tl.load(
-            Dout + b * sd_b + i[:, None] * sd_t + h[:, None] * sd_h + dv[None, :] * sd_d,
+            Dout + b * sd_b + at[:, None] * sd_t + h[:, None] * sd_h + dv[None, :] * sd_d,
             mask=ok[:, None] & (dv[None, :] < DV), other=0.0,
         )  # fmt: skip
-        lse = tl.load(Lse + b * sl_b + i * sl_t + h * sl_h, mask=ok, other=0.0) * 1.4426950408889634
-        delta = tl.load(Delta + b * sy_b + i * sy_t + h * sy_h, mask=ok, other=0.0)
-        see = (token[None, :] <= (first + i)[:, None]) & (inside < L)[None, :] & ok[:, None]
-        s = tl.dot(q, tl.trans(k), input_precision=IP) * scale2
-        p = tl.where(see, tl.exp2(s - lse[:, None]), 0.0)
+        lse = tl.load(Lse + b * sl_b + at * sl_t + h * sl_h, mask=ok, other=0.0) * 1.4426950408889634
+        delta = tl.load(Delta + b * sy_b + at * sy_t + h * sy_h, mask=ok, other=0.0) * scale
+        # Rows past the list's end have q, dout, lse and delta 0: they add nothing.
+        see = token[None, :] <= (first + i)[:, None]
+        if L != BS:
+            see = see & (inside < L)[None, :]
+        s = tl.dot(q, tl.trans(k), input_precision=IP)
+        p = tl.where(see, tl.exp2(s * scale2 - lse[:, None]), 0.0)
         grad_v += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=IP)
         dp = tl.dot(do, tl.trans(v), input_precision=IP)
-        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        ds = (p * (dp * scale - delta[:, None])).to(q.dtype)
         grad_k += tl.dot(tl.trans(ds), q, input_precision=IP)
-        dq = tl.dot(ds, k, input_precision=IP) * scale
+        dq = tl.dot(ds, k, input_precision=IP)
         place = (bg * Tc * N + pair - start * N) * R + head
         tl.store(
             Partial + place[:, None] * DK + dk[None, :], dq.to(Partial.dtype.element_ty),
-            mask=ok[:, None] & (dk[None, :] < DK),
+            mask=ok[:, None] & (dk[None, :] < DK), cache_modifier=".cs",
         )  # fmt: skip
-    grad_k *= scale
     if spill >= 0:
         tl.store(SpillK + (spill * BS + inside)[:, None] * DK + dk[None, :], grad_k, mask=in_k)
         tl.store(SpillV + (spill * BS + inside)[:, None] * DV + dv[None, :], grad_v, mask=in_v)
     else:
         # The list's only piece of this chunk: no other program of this launch touches the block's gradient.
-        out_k = Dk + b * sdk_b + at * sdk_t + g * sdk_g + dk[None, :]
-        out_v = Dv + b * sdv_b + at * sdv_t + g * sdv_g + dv[None, :]
+        out_k = Dk + b * sdk_b + line * sdk_t + g * sdk_g + dk[None, :]
+        out_v = Dv + b * sdv_b + line * sdv_t + g * sdv_g + dv[None, :]
         tl.store(out_k, tl.load(out_k, mask=in_k, other=0.0) + grad_k, mask=in_k)
         tl.store(out_v, tl.load(out_v, mask=in_v, other=0.0) + grad_v, mask=in_v)
 
