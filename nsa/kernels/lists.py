@@ -20,7 +20,9 @@ _WORD = 32
 
 
 @triton.jit
-def _mark(Blocks, Words, s_b, s_t, s_g, s_n, first, n_queries, G, M, W, N: tl.constexpr, L: tl.constexpr, X: tl.constexpr):
+def _mark(
+    Blocks, Words, s_b, s_t, s_g, s_n, first, n_queries, G, M, W, N: tl.constexpr, L: tl.constexpr, X: tl.constexpr
+):
     x = tl.program_id(0) * X + tl.arange(0, X)
     bg = tl.program_id(1).to(tl.int64)
     i = x // N
@@ -90,8 +92,9 @@ class Lists:
     """The lists of one stretch of queries, cut into chunks of queries and those into pieces.
 
     A list is a (batch row, group, block): key = (b*G + g)*M + m. pairs int32: query*N + slot, by key then query, the
-    query counted from the stretch's first. table int32 [chunks, pieces, 4], see `_cut`; unused rows hold -1. count int32
-    and spilled int64 [chunks, keys]: a list's pairs in a chunk, and the running total of pieces that share a list.
+    query counted from the stretch's first. table int32 [chunks, pieces, 4], see `_cut`; unused rows hold -1. count
+    int32 and spilled int64 [chunks, keys]: a list's pairs in a chunk, and the running total of pieces that share a
+    list.
     chunks: (start, stop) queries; pieces: a bound on each chunk's; spill_rows: a bound on those that share a list.
     """
 
@@ -125,13 +128,14 @@ def build(blocks: torch.Tensor, l_sel: int, first: int, n_blocks: int, chunk: in
     where = (*blocks.stride(), first, T, G, n_blocks, W, N, l_sel, 1024)
     _mark[(triton.cdiv(T * N, 1024), groups)](blocks, words, *where)
     _scan[(triton.cdiv(n_blocks, 32), groups)](words, before, n_blocks, W, 64, 32)
-    total = before[:, W].reshape(-1)
+    # A kernel reads these by key: never a strided view, which reshape returns of a single block's column.
+    total = before[:, W].reshape(-1).contiguous()
     start = total.cumsum(0) - total
     _place[(triton.cdiv(T * N, 1024), groups)](blocks, words, before, start, pairs, *where)
 
     chunks = tuple((a, min(a + chunk, T)) for a in range(0, T, chunk))
     edges = (torch.arange(len(chunks) + 1, device=device) * (chunk // _WORD)).clamp_(max=W)
-    at = before.index_select(1, edges).transpose(0, 1).reshape(len(edges), keys)
+    at = before.index_select(1, edges).transpose(0, 1).reshape(len(edges), keys).contiguous()
     since, count = at[:-1], at[1:] - at[:-1]
     tiles = (count + (piece - 1)) // piece
     last = tiles.cumsum(1)

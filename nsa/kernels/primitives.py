@@ -30,6 +30,19 @@ def popcount(x):
     return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
+@triton.jit
+def exp2(x, IP: tl.constexpr):
+    """2^x for x <= 0, -inf included; for fp32 inputs to about one rounding, where the hardware's own is off by four."""
+    if IP == "ieee":
+        n = tl.floor(tl.maximum(x, -126.0) + 0.5)
+        f = (tl.maximum(x, -126.0) - n) * 0.6931471805599453
+        y = 1.0 + f * (1.0 + f * (1 / 2 + f * (1 / 6 + f * (1 / 24 + f * (1 / 120 + f * (1 / 720 + f * (1 / 5040)))))))
+        power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        return tl.where(x < -126.0, 0.0, y * power)
+    else:
+        return tl.exp2(x)
+
+
 def padded(size: int) -> int:
     """The least extent of a `tl.dot` operand that holds `size`: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
@@ -38,6 +51,14 @@ def padded(size: int) -> int:
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
     """Launches inside go to x's device, not to the process's current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def capability(x: torch.Tensor) -> int:
+    """Compute capability of x's card, as 90 for 9.0; of the newest card with an entry where there is no card."""
+    if not x.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return major * 10 + minor
 
 
 def precision(dtype: torch.dtype) -> str:

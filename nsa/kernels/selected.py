@@ -19,14 +19,14 @@ import triton
 import triton.language as tl
 
 from nsa.kernels import lists
-from nsa.kernels.primitives import LOG2E, on_device, padded, precision, visible
+from nsa.kernels.primitives import LOG2E, capability, exp2, on_device, padded, precision, visible
 
 # Bounds of the workspace: partial results of a chunk of queries, and the bit words of a stretch of chunks. With the
 # pieces' dK and dV (at most 64 MiB) and the lists themselves it stays under 1 GiB at any length.
 _PARTIAL_BYTES = 768 << 20
 _WORDS_BYTES = 96 << 20
 # Rows of work a piece of a list holds: enough to pay for its K and V, few enough to even out the programs.
-_PIECE_ROWS = 4096
+_PIECE_ROWS = {"forward": 2048, "backward": 4096}
 # Up to this many queries the lists cost more than they save.
 _FEW = 16
 # A KV block is at most this many keys of one tile; longer ones are listed as several.
@@ -43,15 +43,20 @@ class Launch:
     stages: int
 
 
-def launch(kernel: str, dim: int, itemsize: int) -> Launch:
-    """The launch table: by kernel, padded head dim and bytes of an element; one entry for sm_80 to sm_90."""
+def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
+    """The launch table: kernel (forward, backward), card, padded head dim, bytes of an element.
+
+    Times on sm_90, of 6 to 12 candidates each: docs/kernels.md. Elsewhere what compiles within the card's memory.
+    """
     if itemsize == 4:
-        return Launch(32, 4, 1) if dim <= 128 else Launch(16, 4, 1)
-    table = {
-        "forward": Launch(64, 4, 3) if dim <= 64 else Launch(64, 4, 2),
-        "backward": Launch(128, 8, 2) if dim <= 64 else Launch(64, 8, 2),
-    }
-    return table[kernel] if dim <= 128 else Launch(64, 8, 1)
+        return Launch(32 if dim <= 64 else 16, 4, 1)
+    if dim > 128:
+        return Launch(64 if kernel == "forward" and sm != 89 else 32, 8, 1)
+    if kernel == "forward":
+        return Launch(64, 4, 2)
+    if dim <= 64:
+        return Launch(64, 4, 3 if sm >= 90 else 2)
+    return Launch(128, 8, 2) if sm >= 90 else Launch(64, 8, 2 if sm == 80 else 1)
 
 
 def unsupported(backend: str, *tensors: torch.Tensor) -> list[str]:
@@ -96,10 +101,13 @@ def _block_forward(
     queries = Q + (bg // G) * sq_b + (bg % G) * R * sq_h
     partial = bg * Tc * N
     reads = tl.zeros([ROWS], tl.int32)
+    lane = tl.arange(0, ROWS)
+    ahead = tl.load(Pairs + begin + lane // R, mask=lane < rows, other=0)
     for x0 in range(0, rows, ROWS):
-        x = x0 + tl.arange(0, ROWS)
+        x = x0 + lane
         ok = x < rows
-        pair = tl.load(Pairs + begin + x // R, mask=ok, other=0)
+        pair = ahead
+        ahead = tl.load(Pairs + begin + (x + ROWS) // R, mask=x + ROWS < rows, other=0)
         i = pair // N
         head = x % R
         q = tl.load(
@@ -112,7 +120,7 @@ def _block_forward(
             see = see & (inside < L)[None, :]
         s = tl.where(see, tl.dot(q, k, input_precision=IP), float("-inf"))
         m = tl.max(s, 1) * scale2
-        p = tl.exp2(s * scale2 - m[:, None])
+        p = exp2(s * scale2 - m[:, None], IP)
         z = tl.sum(p, 1)
         o = tl.dot(p.to(v.dtype), v, input_precision=IP) * (1.0 / z)[:, None]
         place = (partial + pair - start * N) * R + head
@@ -132,6 +140,7 @@ def _merge(
     Partial, PartialLse, Blocks, Out, Lse, sb_b, sb_t, sb_g, sb_n, so_b, so_t, so_h, sl_b, sl_t, sl_h,
     first, Tc, G,
     N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     bg = tl.program_id(1).to(tl.int64)
@@ -150,14 +159,14 @@ def _merge(
     out = tl.zeros([ROWS, DVP], tl.float32)
     for n in tl.static_range(N):
         there = visible(tl.load(listed + n * sb_n, mask=ok, other=-1), first + i, L)
-        weight = tl.exp2(tl.load(PartialLse + place + n * R, mask=there, other=float("-inf")) - safe)
+        weight = exp2(tl.load(PartialLse + place + n * R, mask=there, other=float("-inf")) - safe, IP)
         part = tl.load(
             Partial + (place + n * R)[:, None] * DV + dv[None, :], mask=there[:, None] & (dv[None, :] < DV), other=0.0
         )
         z += weight
         out += part.to(tl.float32) * weight[:, None]
     out = out / tl.where(z == 0.0, 1.0, z)[:, None]
-    lse = tl.where(z == 0.0, float("-inf"), (safe + tl.log2(tl.where(z == 0.0, 1.0, z))) * 0.6931471805599453)
+    lse = tl.where(z == 0.0, float("-inf"), safe * 0.6931471805599453 + tl.log(tl.where(z == 0.0, 1.0, z)))
     head += (bg % G).to(tl.int32) * R
     tl.store(
         Out + (bg // G) * so_b + i[:, None] * so_t + head[:, None] * so_h + dv[None, :],
@@ -204,8 +213,8 @@ def _query_forward(
         s = tl.where(see[None, :], tl.dot(q, k, input_precision=IP) * scale2, float("-inf"))
         above = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(above == float("-inf"), 0.0, above)
-        p = tl.exp2(s - safe[:, None])
-        fade = tl.exp2(m - safe)
+        p = exp2(s - safe[:, None], IP)
+        fade = exp2(m - safe, IP)
         z = z * fade + tl.sum(p, 1)
         out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=IP)
         m = above
@@ -213,7 +222,7 @@ def _query_forward(
             reads += see.to(tl.int32)
     some = z > 0.0
     out = out / tl.where(some, z, 1.0)[:, None]
-    lse = tl.where(some, (m + tl.log2(tl.where(some, z, 1.0))) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(some, m * 0.6931471805599453 + tl.log(tl.where(some, z, 1.0)), float("-inf"))
     tl.store(
         Out + (bg // G) * so_b + i * so_t + head[:, None] * so_h + dv[None, :],
         out.to(Out.dtype.element_ty), mask=ok[:, None] & (dv[None, :] < DV),
@@ -274,10 +283,13 @@ def _block_backward(
     grad_k = tl.zeros([BS, DKP], tl.float32)
     grad_v = tl.zeros([BS, DVP], tl.float32)
     scale2 = scale * 1.4426950408889634
+    lane = tl.arange(0, ROWS)
+    ahead = tl.load(Pairs + begin + lane // R, mask=lane < rows, other=0)
     for x0 in range(0, rows, ROWS):
-        x = x0 + tl.arange(0, ROWS)
+        x = x0 + lane
         ok = x < rows
-        pair = tl.load(Pairs + begin + x // R, mask=ok, other=0)
+        pair = ahead
+        ahead = tl.load(Pairs + begin + (x + ROWS) // R, mask=x + ROWS < rows, other=0)
         i = pair // N
         head = x % R
         at = i.to(tl.int64)
@@ -290,14 +302,19 @@ def _block_backward(
             Dout + b * sd_b + at[:, None] * sd_t + h[:, None] * sd_h + dv[None, :] * sd_d,
             mask=ok[:, None] & (dv[None, :] < DV), other=0.0,
         )  # fmt: skip
-        lse = tl.load(Lse + b * sl_b + at * sl_t + h * sl_h, mask=ok, other=0.0) * 1.4426950408889634
+        lse = tl.load(Lse + b * sl_b + at * sl_t + h * sl_h, mask=ok, other=0.0)
         delta = tl.load(Delta + b * sy_b + at * sy_t + h * sy_h, mask=ok, other=0.0) * scale
         # Rows past the list's end have q, dout, lse and delta 0: they add nothing.
         see = token[None, :] <= (first + i)[:, None]
         if L != BS:
             see = see & (inside < L)[None, :]
         s = tl.dot(q, tl.trans(k), input_precision=IP)
-        p = tl.where(see, tl.exp2(s * scale2 - lse[:, None]), 0.0)
+        if IP == "ieee":
+            # lse is subtracted before the change of base: its product would be rounded, and a row's error with it.
+            p = exp2((s * scale - lse[:, None]) * 1.4426950408889634, IP)
+        else:
+            p = exp2(s * scale2 - (lse * 1.4426950408889634)[:, None], IP)
+        p = tl.where(see, p, 0.0)
         grad_v += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=IP)
         dp = tl.dot(do, tl.trans(v), input_precision=IP)
         ds = (p * (dp * scale - delta[:, None])).to(q.dtype)
@@ -392,20 +409,17 @@ class _Shape:
     DK: int
     DV: int
     dtype: torch.dtype
+    sm: int
 
     @classmethod
     def of(cls, q: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, l_sel: int, S: int) -> _Shape:
         B, T, H, DK = q.shape
         G, N = blocks.shape[2:]
-        return cls(B, T, G, H // G, N, l_sel, S, DK, v.shape[3], q.dtype)
+        return cls(B, T, G, H // G, N, l_sel, S, DK, v.shape[3], q.dtype, capability(q))
 
     @property
     def n_blocks(self) -> int:
         return -(-self.S // self.L)
-
-    @property
-    def piece(self) -> int:
-        return max(1, _PIECE_ROWS // self.R)
 
     def sizes(self) -> dict[str, object]:
         return {
@@ -414,23 +428,24 @@ class _Shape:
         }  # fmt: skip
 
     def options(self, kernel: str) -> dict[str, int]:
-        chosen = launch(kernel, max(padded(self.DK), padded(self.DV)), self.dtype.itemsize)
+        chosen = launch(kernel, self.sm, max(padded(self.DK), padded(self.DV)), self.dtype.itemsize)
         return {"ROWS": chosen.rows, "num_warps": chosen.warps, "num_stages": chosen.stages}
 
     def merged_rows(self, dim: int) -> int:
         """Rows of a merging program: 2,048 elements of a slot at once."""
         return max(1, 2048 // padded(dim))
 
-    def stretches(self, blocks: torch.Tensor, dim: int) -> Iterator[tuple[slice, int, lists.Lists]]:
+    def stretches(self, kernel: str, blocks: torch.Tensor, dim: int) -> Iterator[tuple[slice, int, lists.Lists]]:
         """(queries, position of the first, their lists), so that partials of width `dim` fit their bound."""
         a_query = self.B * self.G * self.N * self.R * (dim * self.dtype.itemsize + 4)
         chunks = -(-self.T * a_query // _PARTIAL_BYTES)
         chunk = -(-self.T // chunks // 32) * 32
         words = lists.words_bytes(self.B * self.G, self.n_blocks, chunk)
         stretch = max(1, _WORDS_BYTES // words) * chunk
+        piece = max(1, _PIECE_ROWS[kernel] // self.R)
         for a in range(0, self.T, stretch):
             rows, first = slice(a, min(a + stretch, self.T)), self.S - self.T + a
-            yield rows, first, lists.build(blocks[:, rows], self.L, first, self.n_blocks, chunk, self.piece)
+            yield rows, first, lists.build(blocks[:, rows], self.L, first, self.n_blocks, chunk, piece)
 
 
 def forward(
@@ -475,7 +490,7 @@ def _forward_by_block(
     out: torch.Tensor, lse: torch.Tensor, reads: torch.Tensor, count: bool,
 ) -> None:  # fmt: skip
     groups, merged = shape.B * shape.G, shape.merged_rows(shape.DV)
-    for rows, first, plan in shape.stretches(blocks, shape.DV):
+    for rows, first, plan in shape.stretches("forward", blocks, shape.DV):
         places = groups * plan.chunk * shape.N * shape.R
         partial, partial_lse = q.new_empty(places, shape.DV), lse.new_empty(places)
         part = q[:, rows]
@@ -490,7 +505,7 @@ def _forward_by_block(
             _merge[(triton.cdiv((b - a) * shape.R, merged), groups)](
                 partial, partial_lse, listed, o, e, *listed.stride(), *o.stride()[:3], *e.stride(),
                 first + a, b - a, shape.G, N=shape.N, R=shape.R, L=shape.L, DV=shape.DV, DVP=padded(shape.DV),
-                ROWS=merged, num_warps=4,
+                ROWS=merged, IP=precision(shape.dtype), num_warps=4,
             )  # fmt: skip
 
 
@@ -523,7 +538,7 @@ def _backward(
     )  # fmt: skip
     merged = shape.merged_rows(shape.DK)
     keys = groups * shape.n_blocks
-    for rows, first, plan in shape.stretches(blocks, shape.DK):
+    for rows, first, plan in shape.stretches("backward", blocks, shape.DK):
         partial = q.new_empty(groups * plan.chunk * shape.N * shape.R, shape.DK)
         spills = [dk.new_empty(plan.spill_rows * padded(shape.L), dim) for dim in (shape.DK, shape.DV)]
         x, do, e, y = q[:, rows], dout[:, rows], lse[:, rows], delta[:, rows]

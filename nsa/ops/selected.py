@@ -125,7 +125,10 @@ def selected_attention(
     return apply_gate(out, gate)
 
 
-def _forms(backend: str) -> tuple[Callable[..., tuple[torch.Tensor, ...]], Callable[..., tuple[torch.Tensor, ...]]]:
+_Three = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def _forms(backend: str) -> tuple[_Three, _Three]:
     """The forward and backward that a backend names; they take and return the same."""
     if backend == "triton":
         from nsa.kernels import selected
