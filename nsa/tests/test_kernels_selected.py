@@ -1,0 +1,242 @@
+"""The Triton kernels of the selected branch, interpreted on a CPU: output and gradients against the specification.
+
+Every case runs with uninitialised memory poisoned and every address of a load, store or atomic checked against the
+kernel's own tensors, so a result that holds here neither reads what nobody wrote nor touches what is not its own.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from nsa import NSAConfig
+from nsa.ops.selected import selected_attention_reference
+from nsa.testing import fixed_selection, inputs
+
+# Of the norm of a result: fp32 arithmetic, or one rounding of each partial and of the result.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+SMALL = {"l": 8, "d": 4, "l_sel": 16, "n_sel": 4, "w": 20}
+
+
+@contextmanager
+def _bounds_checked():
+    """Fails a launch at the first address outside the tensors that it was given; the interpreter itself looks not."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    spans: list[tuple[int, int]] = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    places = {
+        "create_masked_load": (0, 1),
+        "create_masked_store": (0, 2),
+        "create_load": (0, None),
+        "create_store": (0, None),
+        "create_atomic_rmw": (1, 3),
+    }
+    stock = {name: getattr(builder, name) for name in places} | {"__call__": executor.__call__}
+
+    def check(name, pointers, mask):
+        at = np.asarray(pointers.data).ravel().astype(np.int64)
+        if mask is not None:
+            at = at[np.broadcast_to(np.asarray(mask.data).ravel().astype(bool), at.shape)]
+        inside = np.zeros(at.shape, bool)
+        for low, high in spans:
+            inside |= (at >= low) & (at < high)
+        if not inside.all():
+            raise IndexError(f"{name}: {int((~inside).sum())} of {inside.size} addresses are in none of the tensors")
+
+    def checked(name, pointer, mask):
+        def call(self, *args):
+            check(name, args[pointer], None if mask is None else args[mask])
+            return stock[name](self, *args)
+
+        return call
+
+    def launch(self, *args, **kwargs):
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        held = [x.untyped_storage() for x in tensors]
+        spans[:] = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in held]
+        return stock["__call__"](self, *args, **kwargs)
+
+    for name, (pointer, mask) in places.items():
+        setattr(builder, name, checked(name, pointer, mask))
+    executor.__call__ = launch
+    try:
+        yield
+    finally:
+        for name in places:
+            setattr(builder, name, stock[name])
+        executor.__call__ = stock["__call__"]
+
+
+def _run(shape, pattern, dtype, slots, *, contiguous=True, **bounds):
+    """(q, k, v, dout, blocks), (out, dq, dk, dv), lse, reads of the kernels, with module constants set to `bounds`."""
+    from nsa.kernels import selected
+
+    B, T, S, G, R, Dk, Dv = shape
+    cfg = NSAConfig(**pattern)
+    q, k, v = inputs(B, T, S, G=G, R=R, Dk=Dk, Dv=Dv, dtype=dtype, contiguous=contiguous)
+    blocks = fixed_selection(B, T, G, S, cfg)
+    if slots is not None:
+        slots(blocks)
+    dout = torch.randn(B, T, G * R, Dv, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = {name: getattr(selected, name) for name in bounds}
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        for name, value in bounds.items():
+            setattr(selected, name, value)
+        with _bounds_checked():
+            out, lse, reads = selected.forward(q, k, v, blocks, cfg.l_sel, S, True)
+            grads = selected.backward(dout, q, k, v, blocks, out, lse, cfg.l_sel, S)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name, value in before.items():
+            setattr(selected, name, value)
+    return (q, k, v, dout, blocks), (out, *grads), lse, reads
+
+
+def _errors(shape, pattern, dtype=torch.float32, slots=None, **more):
+    """(name, error relative to the specification's norm in fp64) of the output and each gradient; tokens miscounted."""
+    (q, k, v, dout, blocks), got, lse, reads = _run(shape, pattern, dtype, slots, **more)
+    cfg, S = NSAConfig(**pattern), shape[2]
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    own = torch.arange(S - shape[1], S)[:, None, None] // cfg.l_sel
+    legal = blocks.masked_fill((blocks < 0) | (blocks > own), -1)
+    want = selected_attention_reference(*leaves, legal, cfg, seq_len=S)
+    wanted = (want.detach(), *torch.autograd.grad(want, leaves, dout.double()))
+    tail = torch.arange(S - shape[1], S)[:, None, None] % cfg.l_sel + 1
+    tokens = torch.where(legal == own, tail, cfg.l_sel) * (legal >= 0)
+    assert torch.equal(lse.isneginf(), (legal < 0).all(-1).repeat_interleave(shape[4], -1))
+    assert torch.equal(reads, tokens.sum((1, 3)))
+    return {
+        name: float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
+        for name, a, b in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True)
+    }
+
+
+def _agrees(errors, dtype=torch.float32):
+    """NaN agrees with nothing."""
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]} == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("R", [1, 3, 6, 16])
+def test_every_group_size_and_type(interpreted, R, dtype):
+    _agrees(interpreted(_errors, (2, 37, 61, 1, R, 32, 32), SMALL, dtype), dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 31, 32, 2, 2, 32, 32), (1, 65, 65, 1, 2, 16, 32), (1, 17, 111, 2, 3, 24, 16)])
+def test_lengths_off_the_block_and_more_keys_than_queries(interpreted, shape):
+    _agrees(interpreted(_errors, shape, SMALL))
+
+
+def _strided(shape, pattern):
+    return _errors(shape, pattern, contiguous=False)
+
+
+def test_strided_inputs(interpreted):
+    _agrees(interpreted(_strided, (2, 20, 37, 2, 3, 32, 16), SMALL))
+
+
+@pytest.mark.parametrize(("T", "R"), [(1, 6), (5, 1), (2, 70)])
+def test_few_queries(interpreted, T, R):
+    _agrees(interpreted(_errors, (2, T, 61, 2, R, 16, 16), SMALL))
+
+
+def _without(slot):
+    def clear(blocks):
+        blocks[..., slot] = -1
+
+    return _errors((1, 24, 90, 2, 3, 16, 16), SMALL, slots=clear), _errors((1, 4, 90, 2, 3, 16, 16), SMALL, slots=clear)
+
+
+@pytest.mark.parametrize("slot", range(4))
+def test_an_empty_slot_is_skipped_wherever_it_stands(interpreted, slot):
+    for errors in interpreted(_without, slot):
+        _agrees(errors)
+
+
+def _one_block():
+    def same(blocks):
+        blocks[..., 0] = 0
+        blocks[..., 1:] = -1
+
+    pieces = {"forward": 64, "backward": 64}
+    return _errors((1, 70, 70, 1, 6, 16, 16), SMALL, slots=same, _PIECE_ROWS=pieces)
+
+
+def test_all_queries_choosing_one_block_add_up_in_pieces(interpreted):
+    _agrees(interpreted(_one_block))
+
+
+def _out_of_range():
+    def spoil(blocks):
+        blocks[:, ::2, :, 1] = 2**31 - 1
+        blocks[:, 1::2, :, 1] = -7
+        blocks[:, :, :, 2] = torch.arange(90 - blocks.shape[1], 90).view(1, -1, 1) // 16 + 1
+
+    return [_errors((1, T, 90, 2, 3, 16, 16), SMALL, slots=spoil) for T in (40, 4)]
+
+
+def test_an_index_out_of_range_or_of_the_future_is_no_block(interpreted):
+    for errors in interpreted(_out_of_range):
+        _agrees(errors)
+
+
+def _blind():
+    def clear(blocks):
+        blocks[:, 3:9] = -1
+
+    _, (out, dq, _, _), _, _ = _run((1, 24, 24, 1, 2, 16, 16), SMALL, torch.float32, clear)
+    return _errors((1, 24, 24, 1, 2, 16, 16), SMALL, slots=clear), float(out[:, 3:9].norm() + dq[:, 3:9].norm())
+
+
+def test_a_query_without_blocks_gives_zero_and_takes_no_gradient(interpreted):
+    errors, left = interpreted(_blind)
+    _agrees(errors)
+    assert left == 0.0
+
+
+def _cut():
+    """The same inputs uncut, and cut into stretches, chunks and pieces."""
+    shape = (1, 70, 90, 2, 3, 16, 16)
+    small = {"_PARTIAL_BYTES": 40_000, "_WORDS_BYTES": 500, "_PIECE_ROWS": {"forward": 24, "backward": 24}}
+    whole, parts = (_run(shape, SMALL, torch.float32, None, **bounds)[1] for bounds in ({}, small))
+    same = [torch.equal(whole[i], parts[i]) for i in (0, 1)]
+    return same, _errors(shape, SMALL, **small)
+
+
+def test_a_bounded_workspace_changes_no_bit_of_output_and_dq(interpreted):
+    same, errors = interpreted(_cut)
+    assert same == [True, True]
+    _agrees(errors)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"l": 2, "d": 1, "l_sel": 3, "n_sel": 7, "w": 11, "local_blocks": 1},
+        {"l": 32, "d": 16, "l_sel": 192, "n_sel": 3, "w": 64},
+    ],
+    ids=["3", "192"],
+)
+def test_blocks_that_are_no_tile(interpreted, pattern):
+    _agrees(interpreted(_errors, (1, 20, 400 if pattern["l_sel"] > 64 else 50, 1, 2, 16, 16), pattern))
+
+
+def _reasons():
+    from nsa.kernels import selected
+
+    def of(dtype, dim):
+        return selected.unsupported("triton", *[torch.zeros(1, 1, 1, dim, dtype=dtype)] * 3)
+
+    return of(torch.bfloat16, 96), of(torch.float64, 64), of(torch.float16, 512)
+
+
+def test_what_cannot_run_is_refused_with_its_reason(interpreted):
+    fine, double, wide = interpreted(_reasons)
+    assert fine == []
+    assert len(double) == 1
+    assert "float64" in double[0]
+    assert len(wide) == 1
+    assert "512" in wide[0]
