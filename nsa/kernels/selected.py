@@ -29,8 +29,11 @@ _WORDS_BYTES = 96 << 20
 _PIECE_ROWS = {"forward": 2048, "backward": 4096}
 # Up to this many queries the lists cost more than they save.
 _FEW = 16
-# A KV block is at most this many keys of one tile; longer ones are listed as several.
-_MOST_KEYS = 128
+# Keys of a tile, at most, and bytes of its K: a longer KV block is listed as several.
+_MOST_KEYS = 64
+_KEY_BYTES = 32 << 10
+# Cards whose blocks may hold 160 KB of shared memory or more; others hold 99 KB, and half the keys.
+_ROOMY = (80, 90, 100)
 _MOST_DIM = 256
 
 
@@ -51,12 +54,12 @@ def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
     if itemsize == 4:
         return Launch(32 if dim <= 64 else 16, 4, 1)
     if dim > 128:
-        return Launch(64 if kernel == "forward" and sm != 89 else 32, 8, 1)
+        return Launch(64 if kernel == "forward" and sm in _ROOMY else 32, 8, 1)
     if kernel == "forward":
         return Launch(64, 4, 2)
     if dim <= 64:
-        return Launch(64, 4, 3 if sm >= 90 else 2)
-    return Launch(128, 8, 2) if sm >= 90 else Launch(64, 8, 2 if sm == 80 else 1)
+        return Launch(64, 4, 3 if sm in (90, 100) else 2)
+    return Launch(128, 8, 2) if sm in (90, 100) else Launch(64, 8, 2 if sm == 80 else 1)
 
 
 def unsupported(backend: str, *tensors: torch.Tensor) -> list[str]:
@@ -70,9 +73,11 @@ def unsupported(backend: str, *tensors: torch.Tensor) -> list[str]:
     return reasons
 
 
-def _split(blocks: torch.Tensor, l_sel: int) -> tuple[torch.Tensor, int]:
-    """Blocks as (blocks, length) of at most _MOST_KEYS keys: a longer block is listed as its equal parts."""
-    parts = next(c for c in range(1, l_sel + 1) if l_sel % c == 0 and l_sel // c <= _MOST_KEYS)
+def _split(q: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, l_sel: int) -> tuple[torch.Tensor, int]:
+    """Blocks as (blocks, length) of at most a tile's keys: a longer block is listed as its equal parts."""
+    row = max(padded(q.shape[3]), padded(v.shape[3])) * q.element_size()
+    most = min(_MOST_KEYS, (_KEY_BYTES if capability(q) in _ROOMY else _KEY_BYTES // 2) // row)
+    parts = next(c for c in range(1, l_sel + 1) if l_sel % c == 0 and l_sel // c <= most)
     if parts > 1:
         each = blocks.unsqueeze(-1) * parts + torch.arange(parts, dtype=torch.int32, device=blocks.device)
         in_range = (blocks >= 0) & (blocks <= torch.iinfo(torch.int32).max // parts - 1)
@@ -140,7 +145,7 @@ def forward(
 
     q [B,T,H,Dk], k [B,>=S,G,Dk], v [B,>=S,G,Dv], blocks [B,T,G,N] int32, any strides.
     """
-    blocks, l_sel = _split(blocks, l_sel)
+    blocks, l_sel = _split(q, v, blocks, l_sel)
     shape = _Shape.of(q, v, blocks, l_sel, S)
     out = q.new_empty(shape.B, shape.T, q.shape[2], shape.DV)
     lse = q.new_empty(out.shape[:3], dtype=torch.float32)
@@ -199,7 +204,7 @@ def backward(
     out: torch.Tensor, lse: torch.Tensor, l_sel: int, S: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; dk and dv are 0 past S. Equal runs are equal."""
-    blocks, l_sel = _split(blocks, l_sel)
+    blocks, l_sel = _split(q, v, blocks, l_sel)
     shape = _Shape.of(q, v, blocks, l_sel, S)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
