@@ -122,7 +122,7 @@ def _agrees(errors, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("R", [1, 3, 6, 16])
 def test_every_group_size_and_type(interpreted, R, dtype):
-    _agrees(interpreted(_errors, (2, 21, 37, 1, R, 32, 16), SMALL, dtype), dtype)
+    _agrees(interpreted(_errors, (1, 21, 37, 1, R, 32, 16), SMALL, dtype), dtype)
 
 
 @pytest.mark.parametrize("shape", [(2, 31, 32, 1, 2, 32, 32), (1, 33, 33, 1, 2, 16, 32), (1, 17, 79, 2, 3, 24, 16)])
@@ -199,8 +199,8 @@ def test_a_query_without_blocks_gives_zero_and_takes_no_gradient(interpreted):
 
 def _cut():
     """The same inputs uncut, and cut into stretches, chunks and pieces."""
-    shape = (1, 70, 90, 2, 3, 16, 16)
-    small = {"_PARTIAL_BYTES": 40_000, "_WORDS_BYTES": 500, "_PIECE_ROWS": {"forward": 24, "backward": 24}}
+    shape = (2, 68, 80, 1, 2, 16, 16)
+    small = {"_PARTIAL_BYTES": 25_000, "_WORDS_BYTES": 170, "_PIECE_ROWS": {"forward": 24, "backward": 24}}
     whole, parts = (_run(shape, SMALL, torch.float32, None, **bounds)[1] for bounds in ({}, small))
     same = [torch.equal(whole[i], parts[i]) for i in (0, 1)]
     return same, _errors(shape, SMALL, **small)
