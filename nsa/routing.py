@@ -27,6 +27,10 @@ PREFERENCES: dict[str, tuple[str, ...]] = {
 }
 BACKENDS = ("reference", "torch", "sdpa", "flash", "cudnn", "triton")
 
+# Cards (90 for sm_90) on which stage 2 passed with these very kernels. Elsewhere they run when asked for, by name or by
+# NSA_USE_TRITON_SEL=1: compiling, and agreeing in the interpreter, is not a proof.
+TRITON_PROVEN: dict[str, frozenset[int]] = {"selection": frozenset(), "selected": frozenset()}
+
 # FA-2 is built for sm_80 on. cuDNN's attention was measured, and found ahead of FA-2, on sm_90 with torch 2.11.
 _OLDEST_SM = {"flash": (8, 0), "cudnn": (9, 0)}
 _CUDNN_TORCH = (2, 11)
@@ -113,6 +117,16 @@ def _policy(op: str, backend: str, training: bool) -> list[str]:
     return []
 
 
+def _unproven(op: str, backend: str) -> list[str]:
+    """The reason not to take a Triton kernel unasked on this card."""
+    if backend != "triton" or flags().use_triton_sel or not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    if major * 10 + minor in TRITON_PROVEN[op]:
+        return []
+    return [f"not proven on sm_{major}{minor} yet: NSA_USE_TRITON_SEL=1 asks for it"]
+
+
 @cache
 def has_kernel(op: str) -> bool:
     """Whether this build carries a kernel module for an op."""
@@ -169,7 +183,8 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training
     if flags().use_fa2:
         preferences = tuple(sorted(preferences, key=lambda name: name != "flash"))  # asked for, so it goes first
     for candidate in preferences if backend is None else (backend,):
-        reasons = _policy(op, candidate, training) + _environment(op, candidate, device)
+        reasons = _policy(op, candidate, training) + ([] if backend else _unproven(op, candidate))
+        reasons += _environment(op, candidate, device)
         if not reasons and tensors:
             reasons = _inputs(op, candidate, tensors, facts)
         if not reasons:

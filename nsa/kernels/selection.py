@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa.kernels.primitives import capability
+
 _LOG2E = math.log2(math.e)
 # Probabilities are scaled by 2**100, which leaves their order: the smallest that is not flushed is 1e-68, not 1e-38.
 HEADROOM = tl.constexpr(100.0)
@@ -260,14 +262,6 @@ def select(
 def _planes(l: int, d: int, l_sel: int) -> int:  # noqa: E741
     """How many neighbouring selection blocks the keys of one may belong to, itself included."""
     return 1 + triton.cdiv(l // d - 1, l_sel // d)
-
-
-def capability(x: torch.Tensor) -> int:
-    """Compute capability of x's card, as 90 for 9.0; of an A100 where there is no card."""
-    if not x.is_cuda:
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return major * 10 + minor
 
 
 def _score_constants(cut: Tile, R: int, D: int, dtype: torch.dtype, l: int, d: int, l_sel: int) -> dict[str, Any]:  # noqa: E741
