@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -58,6 +59,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _session(args: argparse.Namespace, book: runbook.Runbook, root: Path) -> int:
+    tree = os.open(root, os.O_RDONLY)
+    try:
+        # Two sessions in one tree would judge each other's records; the lock goes with the process, however it ends.
+        fcntl.flock(tree, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("ci: another session is running in this tree; wait for it, or use a clone of its own", file=sys.stderr)
+        return outcome.INFRASTRUCTURE
+    try:
+        return _locked_session(args, book, root)
+    finally:
+        os.close(tree)
+
+
+def _locked_session(args: argparse.Namespace, book: runbook.Runbook, root: Path) -> int:
     clear_exit(root)
     session = Session(
         book,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -98,3 +99,19 @@ def test_a_missing_package_is_one_line(tmp_path, missing):
 def test_arguments_after_the_dashes_reach_pytest(tmp_path):
     done = ci(tmp_path, "stage", "good", "--", "--deselect", "test_planted.py::test_passes")
     assert done.returncode == 3, "a narrowed run that executes nothing is vacuous too"
+
+
+def test_a_second_session_in_one_tree_is_refused_and_touches_nothing(tmp_path):
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts/exit.json").write_text("the first one's")
+    tree = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(tree, fcntl.LOCK_EX)
+    try:
+        second = subprocess.run(
+            [sys.executable, "-m", "ci", "--root", str(tmp_path), "preflight"], cwd=ROOT, capture_output=True, text=True
+        )
+    finally:
+        os.close(tree)
+    assert second.returncode == 75
+    assert second.stderr == "ci: another session is running in this tree; wait for it, or use a clone of its own\n"
+    assert (tmp_path / "artifacts/exit.json").read_text() == "the first one's"
