@@ -223,3 +223,10 @@ def test_a_user_mistake_is_one_line_and_code_2(tmp_path):
         assert done.returncode == 2, done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("lane", ["requirements-cpu.txt", "requirements-gpu-cu121-torch24.txt"])
+def test_a_lane_pins_what_the_runbook_installs_on_top_of_it(lane):
+    """`pip install transformers datasets` after it then has nothing to do."""
+    pinned = {match[1].lower() for match in re.finditer(r"^([\w.-]+)==", (ROOT / lane).read_text(), re.M)}
+    assert {"transformers", "datasets", "torch", "pytest", "pytest-xdist", "nox", "junitparser", "docker"} <= pinned
