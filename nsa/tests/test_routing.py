@@ -220,3 +220,20 @@ def test_an_lse_of_other_queries_is_refused():
 def test_a_pattern_is_refused_before_any_tensor_is_made():
     with pytest.raises(ValueError, match=r"nsa.l = 32 .* nsa.d = 12"):
         NSAConfig(l=32, d=12)
+
+
+@pytest.mark.parametrize("op", ["selection", "selected"])
+def test_a_triton_kernel_runs_unasked_only_on_a_card_where_it_is_proven(flags, monkeypatch, op):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(routing, "triton_version", lambda: "3.7.1")
+    monkeypatch.setattr(routing, "TRITON_PROVEN", {op: frozenset({80})})
+    unasked = routing.choose(op)
+    assert unasked.backend == "torch"
+    assert unasked.rejected["triton"] == ["not proven on sm_90 yet: NSA_USE_TRITON_SEL=1 asks for it"]
+    assert routing.choose(op, backend="triton").backend == "triton"
+    flags(NSA_USE_TRITON_SEL="1")
+    assert routing.choose(op).backend == "triton"
+    flags()
+    monkeypatch.setattr(routing, "TRITON_PROVEN", {op: frozenset({80, 90})})
+    assert routing.choose(op).backend == "triton"
