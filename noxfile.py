@@ -4,6 +4,8 @@ The sessions use the interpreter that runs nox (`ci/nox` makes a .venv for it); 
 prove nothing: a stage run with them fails.
 """
 
+import sys
+
 import nox
 
 nox.needs_version = ">=2024.4.15"
@@ -61,6 +63,13 @@ def bench(session: nox.Session) -> None:
 def report(session: nox.Session) -> None:
     """Judge what has run: merged JUnit, summary.md, summary.html, the bundle."""
     _ci(session, "report")
+
+
+@nox.session(venv_backend="virtualenv", reuse_venv=True)
+def lock(session: nox.Session) -> None:
+    """Hashed locks of the images from the pinned inputs; `-- --check` only says whether they fit."""
+    session.install("-q", "-r", "requirements-lock.txt")
+    session.run(sys.executable, "-m", "ci.lock", *session.posargs, external=True)
 
 
 @nox.session

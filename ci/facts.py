@@ -16,7 +16,7 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from ci import nvidia
+from ci import lock, nvidia
 
 PACKAGES = (
     "torch",
@@ -51,6 +51,7 @@ def gather(root: Path, *, offline: bool = False) -> dict[str, Any]:
         "triton_required": required_by_torch("triton"),
         "requirements": {name: _sha256(root / name) for name in REQUIREMENTS if (root / name).is_file()},
         "drift": drift(root / "requirements-cpu.txt"),
+        "lock_drift": lock.drift(root),
         "gpus": [vars(gpu) for gpu in gpus],
         "nvidia_problem": problem,
         "nvidia_traces": nvidia.traces(),

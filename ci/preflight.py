@@ -103,6 +103,8 @@ def _software(facts: dict[str, Any]) -> Iterator[Check]:
     yield _triton(torch, facts)
     for line in facts["drift"] if "+cpu" in torch or not facts["gpus"] else ():
         yield Check("pins", "note", line)
+    for line in facts["lock_drift"]:
+        yield Check("locks", "fail", line, CONFIGURATION)
 
 
 def _triton(torch: str, facts: dict[str, Any]) -> Check:

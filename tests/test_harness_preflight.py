@@ -22,6 +22,7 @@ CPU = {
     "torch": {"torch": "2.13.0+cpu", "cuda": False, "devices": []},
     "triton_required": None,
     "drift": [],
+    "lock_drift": [],
     "disk_free_mb": 50_000,
     "shm_mb": 8192,
     "gpus": [],
@@ -145,6 +146,7 @@ DEAD = {"cuda": False, "devices": []}
         ("cpu", CPU | {"versions": {}}, 78, "torch is not installed"),
         ("cpu", CPU | {"torch": {"error": "OSError: libfoo"}}, 78, "libfoo"),
         ("cpu", CPU | {"disk_free_mb": 10}, 75, "make room"),
+        ("cpu", CPU | {"lock_drift": ["docker/lock-cpu.txt: edited by hand"]}, 78, "edited by hand"),
     ],
 )
 def test_an_unfit_machine_has_its_code_and_its_line(profile, seen, code, said, tmp_path):
