@@ -55,6 +55,16 @@ def test_the_budget_refuses_what_is_worse_than_the_yardstick(spoil, said):
     assert any(said in complaint for complaint in within_budget(spoil(got), got, exact, "out"))
 
 
+def test_the_budget_of_fp32_refuses_what_tf32_would_give():
+    q, k, v = inputs(1, 20, 30, dtype=torch.float32)
+    mask = torch.ones(20, 30, dtype=torch.bool)
+    exact = eager(q.double(), k.double(), v.double(), mask)
+    mantissa = (q.view(torch.int32) & ~0x1FFF).view(torch.float32)  # tf32 keeps 10 bits
+    assert within_budget(eager(q, k, v, mask), eager(q, k, v, mask), exact, "out") == []
+    assert len(within_budget(eager(mantissa, k, v, mask), eager(q, k, v, mask), exact, "out")) == 2
+    assert len(within_budget(exact.float() * (1 + 1e-5), eager(q, k, v, mask), exact, "out")) == 2
+
+
 def test_the_budget_judges_every_gradient():
     q, k, v = inputs(1, 20, 30, dtype=torch.float32)
     mask = torch.ones(20, 30, dtype=torch.bool)
