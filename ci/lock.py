@@ -23,6 +23,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from ci.outcome import CONFIGURATION, INFRASTRUCTURE, READY
+from ci.pins import PinError, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = "3.11"
@@ -190,22 +191,29 @@ def _difference(before: dict[str, str], after: dict[str, str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`nox -s lock`: writes the locks, or with --check only says whether they fit."""
+    """`nox -s lock`: writes the locks and records the images' pins; with --check it only says whether the locks fit."""
     options = argparse.ArgumentParser(prog="nox -s lock --", description=(__doc__ or "").split("\n\n")[0])
-    options.add_argument("--check", action="store_true", help="only say whether the locks fit; 78 if not")
-    options.add_argument("--upgrade", action="store_true", help="also move what the inputs leave free")
+    options.add_argument("--check", action="store_true", help="only say whether the locks fit their inputs; 78 if not")
+    options.add_argument("--upgrade", action="store_true", help="also renew what the inputs leave free, and the bases")
+    options.add_argument("--no-pins", action="store_true", help="leave docker/pins.toml alone: no registry is asked")
     args = options.parse_args(arguments)
+    unresolved: list[str] = []
     try:
         lines = [] if args.check else write(ROOT, upgrade=args.upgrade)
         problems = drift(ROOT)
-    except LockError as error:
+        if not (args.check or args.no_pins):
+            found, unresolved = resolve(ROOT, upgrade=args.upgrade)
+            lines += found
+    except (LockError, PinError) as error:
         print(f"lock: {error}", file=sys.stderr)
-        return error.code
+        return getattr(error, "code", CONFIGURATION)
     for line in lines or ["both locks fit their inputs"] * (not problems):
         print(line)
-    for line in problems:
+    for line in [*problems, *unresolved]:
         print(f"lock: {line}", file=sys.stderr)
-    return CONFIGURATION if problems else READY
+    if problems:
+        return CONFIGURATION
+    return INFRASTRUCTURE if unresolved else READY
 
 
 if __name__ == "__main__":
