@@ -5,6 +5,7 @@ Everything said here goes to stderr; stdout is a script's deliverable.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
 import resource
@@ -12,8 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -50,6 +52,43 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device.type} ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+class Clocks(NamedTuple):
+    """What a GPU runs at, MHz."""
+
+    sm: int
+    memory: int
+
+
+def clocks(device: torch.device) -> Clocks | None:
+    """The clocks of a GPU at this moment, as NVML (nvidia-smi's library) gives them; None where it gives none."""
+    if device.type != "cuda":
+        return None
+    handle = _nvml_device(str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))
+    if handle is None:
+        return None
+    nvml, card = handle
+    values = []
+    for clock in (1, 2):  # NVML_CLOCK_SM, NVML_CLOCK_MEM
+        value = ctypes.c_uint()
+        if nvml.nvmlDeviceGetClockInfo(card, clock, ctypes.byref(value)):
+            return None
+        values.append(value.value)
+    return Clocks(*values)
+
+
+@cache
+def _nvml_device(uuid: str) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
+    """(NVML, its handle of the GPU with this UUID), which need no driver context; None where there is no NVML."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    card = ctypes.c_void_p()
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(card)):
+        return None
+    return nvml, card
 
 
 def refused_allocation(error: BaseException) -> str | None:

@@ -62,6 +62,49 @@ class DecodeRow(DecodeTiming):
     bytes_per_token: int
 
 
+@dataclass(frozen=True)
+class AttentionRow:
+    """A row of bench_attention: one part at one length. None, an empty cell: not measured, or does not apply.
+
+    Times are medians in ms; step_ms is forward and backward in one call. peak_mib is what the part's inputs, results,
+    gradients and workspace hold at once. X_vs_Y is dense attention Y's time over this part's, same run, layout and S.
+    agreement is the share of a query's free blocks that the query before it chose; heaviest, the share of queries that
+    chose the block chosen most often. status is "ok", or why there are no times.
+    """
+
+    heads: int
+    groups: int
+    dim: int
+    S: int
+    inputs: str
+    part: str
+    backend: str
+    fwd_ms: float | None
+    bwd_ms: float | None
+    step_ms: float | None
+    peak_mib: float | None
+    fwd_vs_flash: float | None
+    bwd_vs_flash: float | None
+    fwd_vs_cudnn: float | None
+    bwd_vs_cudnn: float | None
+    fwd_vs_fa3: float | None
+    bwd_vs_fa3: float | None
+    agreement: float | None
+    heaviest: float | None
+    fwd_repeats: int | None
+    bwd_repeats: int | None
+    launches: str
+    sm_mhz: int | None
+    mem_mhz: int | None
+    copy_gbs: float
+    matmul_tflops: float
+    dtype: str
+    device: str
+    torch: str
+    triton: str
+    status: str
+
+
 Row = TypeVar("Row", TrainRow, ValRow, DecodeTiming, DecodeRow)
 
 
@@ -85,7 +128,7 @@ class CsvLog:
             self._writer.writerow(header(row_type))
             self._file.flush()
 
-    def write(self, row: TrainRow | ValRow | DecodeRow) -> None:
+    def write(self, row: TrainRow | ValRow | DecodeRow | AttentionRow) -> None:
         if not isinstance(row, self.row_type):
             raise TypeError(f"{self.path} holds {self.row_type.__name__}, not {type(row).__name__}")
         self._writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in astuple(row))

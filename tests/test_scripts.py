@@ -12,11 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nsa import routing
 from nsa.blocks import n_compressed, reads, reads_range
 from nsa.config import NSAConfig
-from nsa.records import DecodeRow, header
+from nsa.ops.compress import MeanPhi, compress
+from nsa.ops.compressed import compressed_attention
+from nsa.ops.selection import select_blocks
+from nsa.records import AttentionRow, DecodeRow, header
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_LAYER = shlex.split("--dim 32 --heads 4 --groups 2 --dk 8 --dv 8 --l 8 --d 4 --l_sel 16 --n_sel 4 --w 24")
@@ -237,3 +241,134 @@ def test_prefill_bench_records_time_memory_and_measured_reads():
 
 def test_prefill_bench_names_a_config_that_is_not_there(refuses):
     refuses("bench/bench_prefill.py", ["--config", "configs/none.yaml"], "configs/none.yaml", shape=[])
+
+
+# bench_attention
+
+NSA_PARTS = ["phi", "cmp", "choice", "sel", "win", "combine"]
+
+
+@pytest.fixture(scope="module")
+def attention_bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attention")
+    trained = folder / "trained.pt"
+    torch.save({"q": torch.randn(100, 3, 16), "k": torch.randn(100, 1, 16), "v": torch.randn(100, 1, 16)}, trained)
+    args = ["--S", 160, 70, "--layouts", "2,1,16", "--inputs", "popular", trained, "--repeats", 3]
+    printed = succeeded(run("bench/bench_attention.py", *args, "--csv", folder / "a.csv", "--plot", folder / "a.png"))
+    with (folder / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return printed, rows, folder, str(trained)
+
+
+def test_attention_bench_has_a_row_for_every_part_length_and_input(attention_bench):
+    _, rows, folder, trained = attention_bench
+    assert (folder / "a.csv").read_text().splitlines()[0] == ",".join(header(AttentionRow))
+    parts = ["dense-flash", *NSA_PARTS, "attention", "sum"]
+    ok = [("2", "70", "popular", p) for p in parts] + [("3", "70", trained, p) for p in parts]
+    ok += [("2", "160", "popular", p) for p in parts]
+    assert [(r["heads"], r["S"], r["inputs"], r["part"]) for r in rows if r["status"] == "ok"] == ok
+    assert all(float(row["fwd_ms"]) > 0 for row in rows if row["status"] == "ok")
+    assert all(row["device"].startswith("cpu") and float(row["copy_gbs"]) > 0 for row in rows)
+    # The file holds fewer positions than were asked for: said, not left out.
+    short = [row for row in rows if row["status"] != "ok"]
+    assert [row["part"] for row in short] == parts[:-1]
+    assert {(row["S"], row["inputs"]) for row in short} == {("160", trained)}
+    assert all(row["status"] == f"cannot run: {trained} holds 100 positions" for row in short)
+
+
+def test_attention_bench_adds_parts_up_and_compares_with_dense_of_the_same_group(attention_bench):
+    rows = [row for row in attention_bench[1] if (row["S"], row["heads"]) == ("160", "2")]
+    by_part = {row["part"]: row for row in rows}
+    for way in ("fwd_ms", "bwd_ms"):
+        summed = sum(float(by_part[name][way] or 0) for name in NSA_PARTS)
+        assert float(by_part["sum"][way]) == pytest.approx(summed, rel=1e-4)
+    for name in ("sel", "attention", "sum"):
+        ratio = float(by_part["dense-flash"]["bwd_ms"]) / float(by_part[name]["bwd_ms"])
+        assert float(by_part[name]["bwd_vs_flash"]) == pytest.approx(ratio, rel=1e-4)
+    assert by_part["choice"]["bwd_ms"] == ""  # no gradient flows through the choice
+    assert [row["part"] for row in rows if row["step_ms"]] == ["attention"]
+
+
+def test_attention_bench_says_what_ran_from_the_launch_counters(attention_bench):
+    by_part = {row["part"]: row for row in attention_bench[1] if row["status"] == "ok"}
+    assert by_part["sel"]["backend"] == by_part["choice"]["backend"] == "torch"
+    counted = re.fullmatch(r"selected/torch:(\d+) selected_backward/torch:(\d+)", by_part["sel"]["launches"])
+    # 4 forward calls and one for the graph; 4 backward: a warm-up and three repeats each
+    assert [int(n) for n in counted.groups()] == [5, 4]
+    assert by_part["dense-flash"]["launches"] == ""
+    assert "window:sdpa" in by_part["attention"]["backend"].split()
+
+
+def test_attention_bench_prints_tables_draws_and_ends_with_a_line_of_json(attention_bench):
+    printed, _, folder, trained = attention_bench
+    assert "2 heads, 1 groups, D 16, float32, popular (ms forward / backward)" in printed
+    assert re.search(r"^attention vs flash +[\d.]+x / [\d.]+x +[\d.]+x / [\d.]+x$", printed, re.MULTILINE)
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+    last = json.loads(printed.splitlines()[-1])
+    assert (last["bench"], last["dtype"]) == ("attention", "float32")
+    assert last["status"] == {"ok": 27, "cannot run": 8}
+    assert [(row["S"], row["inputs"]) for row in last["rows"]] == [
+        (70, "popular"),
+        (70, trained),
+        (160, "popular"),
+        (160, trained),
+    ]
+
+
+def test_attention_bench_reports_what_was_refused_and_goes_on(tmp_path):
+    args = ["--S", 10**9, 64, "--layouts", "2,1,16", "--inputs", "random", "--parts", "dense-cudnn", "win"]
+    result = run("bench/bench_attention.py", *args, "--csv", tmp_path / "a.csv", limit_bytes=8 * 2**30)
+    succeeded(result)
+    rows = list(csv.DictReader((tmp_path / "a.csv").open(newline="")))
+    status = {(int(row["S"]), row["part"]): row["status"] for row in rows}
+    assert list(status) == [(64, "dense-cudnn"), (64, "win"), (10**9, "dense-cudnn"), (10**9, "win")]
+    assert status[64, "dense-cudnn"].startswith("cannot run: No ")
+    assert status[64, "win"] == "ok"
+    assert all(re.fullmatch(r"out of memory: [\d.]+ GiB refused", status[10**9, p]) for p in ("dense-cudnn", "win"))
+
+
+def test_attention_bench_says_not_run_after_its_minutes(tmp_path):
+    args = ["--S", 64, "--layouts", "2,1,16", "--inputs", "random", "--minutes", "0"]
+    printed = succeeded(run("bench/bench_attention.py", *args))
+    assert json.loads(printed.splitlines()[-1])["status"] == {"not run": 8}
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--S", "0"], "--S"),
+        (["--layouts", "4,3,16"], "--layouts"),
+        (["--inputs", "easy"], "--inputs"),
+        (["--inputs", "none.pt"], "none.pt"),
+        (["--parts", "mlp"], "--parts"),
+        (["--parts", "dense-fa3"], "--fa3"),
+        (["--backend", "selected=cudnn"], "--backend"),
+        (["--fa3", "none.so"], "none.so"),
+        (["--csv", "."], "--csv"),
+    ],
+)
+def test_attention_bench_refuses_a_bad_flag_in_one_line(args, named, refuses):
+    refuses("bench/bench_attention.py", args, named, shape=[])
+
+
+def test_attention_inputs_are_what_their_names_say():
+    """Measured by what their scores choose: neighbours agree, or everyone chooses one block."""
+    inputs = runpy.run_path(str(ROOT / "bench/attention_inputs.py"))
+    S, layout, cfg, found = 4096, inputs["Layout"](2, 1, 32), NSAConfig(), {}
+    for kind in inputs["KINDS"]:
+        q, k, v = inputs["make"](kind, S, layout, cfg, torch.device("cpu"), torch.float32)
+        k_cmp, v_cmp = (compress(x, MeanPhi(), cfg) for x in (k, v))
+        _, lse = compressed_attention(q, k_cmp, v_cmp, cfg, seq_len=S)
+        found[kind] = inputs["choices"](select_blocks(q, k_cmp, lse, cfg, seq_len=S), cfg)
+    assert found["local"].agreement > found["random"].agreement + 0.2
+    assert found["popular"].heaviest > 0.9 > found["random"].heaviest + 0.2
+
+
+def test_agreement_and_heaviest_count_free_blocks_only():
+    count = runpy.run_path(str(ROOT / "bench/attention_inputs.py"))["choices"]
+    cfg = NSAConfig(l=8, d=4, l_sel=8, n_sel=4, local_blocks=1)
+    blocks = torch.full((1, 32, 1, 4), -1, dtype=torch.int32)
+    blocks[..., 0], blocks[0, :, 0, 1] = 0, torch.arange(32) // 8
+    blocks[0, 30, 0, 2], blocks[0, 31, 0, 2] = 1, 1  # chosen freely by the last two queries, of which one has a model
+    found = count(blocks, cfg)
+    assert (found.agreement, found.heaviest) == (1 / 2, 2 / 32)
