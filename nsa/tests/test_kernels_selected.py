@@ -9,13 +9,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from nsa import NSAConfig
-from nsa.ops.selected import selected_attention_reference
-from nsa.testing import fixed_selection, inputs
-
-# Of the norm of a result: fp32 arithmetic, or one rounding of each partial and of the result.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-SMALL = {"l": 8, "d": 4, "l_sel": 16, "n_sel": 4, "w": 20}
+from nsa.tests import selected_cases as cases
+from nsa.tests.selected_cases import SMALL
 
 
 @contextmanager
@@ -69,54 +64,16 @@ def _bounds_checked():
         executor.__call__ = stock["__call__"]
 
 
-def _run(shape, pattern, dtype, slots, *, contiguous=True, **bounds):
-    """(q, k, v, dout, blocks), (out, dq, dk, dv), lse, reads of the kernels, with module constants set to `bounds`."""
-    from nsa.kernels import selected
-
-    B, T, S, G, R, Dk, Dv = shape
-    cfg = NSAConfig(**pattern)
-    q, k, v = inputs(B, T, S, G=G, R=R, Dk=Dk, Dv=Dv, dtype=dtype, contiguous=contiguous)
-    blocks = fixed_selection(B, T, G, S, cfg)
-    if slots is not None:
-        slots(blocks)
-    dout = torch.randn(B, T, G * R, Dv, generator=torch.Generator().manual_seed(1)).to(dtype)
-    before = {name: getattr(selected, name) for name in bounds}
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    try:
-        for name, value in bounds.items():
-            setattr(selected, name, value)
-        with _bounds_checked():
-            out, lse, reads = selected.forward(q, k, v, blocks, cfg.l_sel, S, True)
-            grads = selected.backward(dout, q, k, v, blocks, out, lse, cfg.l_sel, S)
-    finally:
-        torch.use_deterministic_algorithms(False)
-        for name, value in before.items():
-            setattr(selected, name, value)
-    return (q, k, v, dout, blocks), (out, *grads), lse, reads
+def _run(*case, **more):
+    return cases.run(*case, guard=_bounds_checked, **more)
 
 
-def _errors(shape, pattern, dtype=torch.float32, slots=None, **more):
-    """(name, error relative to the specification's norm in fp64) of the output and each gradient; tokens miscounted."""
-    (q, k, v, dout, blocks), got, lse, reads = _run(shape, pattern, dtype, slots, **more)
-    cfg, S = NSAConfig(**pattern), shape[2]
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    own = torch.arange(S - shape[1], S)[:, None, None] // cfg.l_sel
-    legal = blocks.masked_fill((blocks < 0) | (blocks > own), -1)
-    want = selected_attention_reference(*leaves, legal, cfg, seq_len=S)
-    wanted = (want.detach(), *torch.autograd.grad(want, leaves, dout.double()))
-    tail = torch.arange(S - shape[1], S)[:, None, None] % cfg.l_sel + 1
-    tokens = torch.where(legal == own, tail, cfg.l_sel) * (legal >= 0)
-    assert torch.equal(lse.isneginf(), (legal < 0).all(-1).repeat_interleave(shape[4], -1))
-    assert torch.equal(reads, tokens.sum((1, 3)))
-    return {
-        name: float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
-        for name, a, b in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True)
-    }
+def _errors(*case, **more):
+    return cases.errors(*case, guard=_bounds_checked, **more)
 
 
 def _agrees(errors, dtype=torch.float32):
-    """NaN agrees with nothing."""
-    assert {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]} == {}
+    assert cases.excess(errors, dtype) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -144,10 +101,7 @@ def test_few_queries(interpreted, T, R):
 
 
 def _without(slot):
-    def clear(blocks):
-        blocks[..., slot] = -1
-
-    return _errors((1, 24, 90, 2, 3, 16, 16), SMALL, slots=clear), _errors((1, 4, 90, 2, 3, 16, 16), SMALL, slots=clear)
+    return [_errors((1, T, 90, 2, 3, 16, 16), SMALL, slots=cases.without(slot)) for T in (24, 4)]
 
 
 @pytest.mark.parametrize("slot", range(4))
@@ -157,12 +111,8 @@ def test_an_empty_slot_is_skipped_wherever_it_stands(interpreted, slot):
 
 
 def _one_block():
-    def same(blocks):
-        blocks[..., 0] = 0
-        blocks[..., 1:] = -1
-
     pieces = {"forward": 64, "backward": 64}
-    return _errors((1, 70, 70, 1, 6, 16, 16), SMALL, slots=same, _PIECE_ROWS=pieces)
+    return _errors((1, 70, 70, 1, 6, 16, 16), SMALL, slots=cases.one_block, _PIECE_ROWS=pieces)
 
 
 def test_all_queries_choosing_one_block_add_up_in_pieces(interpreted):
@@ -170,12 +120,7 @@ def test_all_queries_choosing_one_block_add_up_in_pieces(interpreted):
 
 
 def _out_of_range():
-    def spoil(blocks):
-        blocks[:, ::2, :, 1] = 2**31 - 1
-        blocks[:, 1::2, :, 1] = -7
-        blocks[:, :, :, 2] = torch.arange(90 - blocks.shape[1], 90).view(1, -1, 1) // 16 + 1
-
-    return [_errors((1, T, 90, 2, 3, 16, 16), SMALL, slots=spoil) for T in (40, 4)]
+    return [_errors((1, T, 90, 2, 3, 16, 16), SMALL, slots=cases.out_of_range(90, 16)) for T in (40, 4)]
 
 
 def test_an_index_out_of_range_or_of_the_future_is_no_block(interpreted):
@@ -184,11 +129,9 @@ def test_an_index_out_of_range_or_of_the_future_is_no_block(interpreted):
 
 
 def _blind():
-    def clear(blocks):
-        blocks[:, 3:9] = -1
-
-    _, (out, dq, _, _), _, _ = _run((1, 24, 24, 1, 2, 16, 16), SMALL, torch.float32, clear)
-    return _errors((1, 24, 24, 1, 2, 16, 16), SMALL, slots=clear), float(out[:, 3:9].norm() + dq[:, 3:9].norm())
+    _, (out, dq, _, _), _, _ = _run((1, 24, 24, 1, 2, 16, 16), SMALL, torch.float32, cases.blind)
+    errors = _errors((1, 24, 24, 1, 2, 16, 16), SMALL, slots=cases.blind)
+    return errors, float(out[:, 3:9].norm() + dq[:, 3:9].norm())
 
 
 def test_a_query_without_blocks_gives_zero_and_takes_no_gradient(interpreted):
@@ -201,7 +144,7 @@ def _cut():
     """The same inputs uncut, and cut into stretches, chunks and pieces."""
     shape = (2, 68, 80, 1, 2, 16, 16)
     small = {"_PARTIAL_BYTES": 25_000, "_WORDS_BYTES": 170, "_PIECE_ROWS": {"forward": 24, "backward": 24}}
-    whole, parts = (_run(shape, SMALL, torch.float32, None, **bounds)[1] for bounds in ({}, small))
+    whole, parts = (_run(shape, SMALL, torch.float32, **bounds)[1] for bounds in ({}, small))
     same = [torch.equal(whole[i], parts[i]) for i in (0, 1)]
     return same, _errors(shape, SMALL, **small)
 

@@ -100,6 +100,15 @@ def test_given_selections_are_legal_and_differ_with_the_seed(pattern):
     assert not torch.equal(lists[0], lists[2])
 
 
+@pytest.mark.parametrize(("index", "said"), [(19, "no block beyond"), (2**31 - 1, "no block beyond"), (-7, "are -1")])
+def test_an_index_out_of_range_is_reported_with_its_place(index, said):
+    """A kernel masks it like -1; here is where it is seen. 300 tokens are 19 blocks."""
+    blocks = fixed_selection(2, 50, 2, 300, CFG)
+    blocks[1, 30, 0, 3] = index
+    complaints = check_blocks(blocks, 300, 50, CFG)
+    assert any(said in each and "b=1 t=280 g=0" in each and str(index) in each for each in complaints), complaints
+
+
 def test_strided_inputs_have_the_same_values():
     plain, strided = inputs(2, 7, 9), inputs(2, 7, 9, contiguous=False)
     for a, b in zip(plain, strided, strict=True):

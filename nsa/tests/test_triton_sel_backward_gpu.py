@@ -5,6 +5,7 @@ import torch
 
 from nsa import NSAConfig, selected_attention
 from nsa.testing import allowed_mask, assert_within_budget, fixed_selection, inputs, oracle, shapes
+from nsa.tests import selected_cases
 
 CFG = NSAConfig(n_sel=4, w=64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,6 +34,19 @@ def test_an_empty_slot_gets_no_gradient_and_takes_none(needs, launched, slot):
     (q, k, v), chosen, _ = _case((2, 33, 500, 2, 6, 64, 64), torch.bfloat16)
     chosen[..., slot] = -1
     mask = allowed_mask(oracle.seen_selected(chosen, CFG, 500), 500, 6, "cuda")
+    with launched("selected_backward", "triton"):
+        assert_within_budget(lambda q, k, v: selected_attention(q, k, v, chosen, CFG, backend="triton"), q, k, v, mask)
+
+
+def test_an_index_out_of_range_gets_no_gradient_and_takes_none(needs, launched):
+    needs("selected", "triton")
+    (q, k, v), chosen, _ = _case((2, 33, 500, 2, 6, 64, 64), torch.bfloat16)
+    chosen = chosen.cpu()
+    selected_cases.out_of_range(500, CFG.l_sel)(chosen)
+    own = torch.arange(500 - 33, 500)[:, None, None] // CFG.l_sel
+    legal = chosen.masked_fill((chosen < 0) | (chosen > own), -1)
+    mask = allowed_mask(oracle.seen_selected(legal, CFG, 500), 500, 6, "cuda")
+    chosen = chosen.cuda()
     with launched("selected_backward", "triton"):
         assert_within_budget(lambda q, k, v: selected_attention(q, k, v, chosen, CFG, backend="triton"), q, k, v, mask)
 

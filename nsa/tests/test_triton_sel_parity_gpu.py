@@ -15,6 +15,7 @@ from nsa.testing import (
     shapes,
     within_budget,
 )
+from nsa.tests import selected_cases
 
 CFG = NSAConfig(n_sel=4, w=64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,6 +53,22 @@ def test_an_empty_slot_is_skipped_wherever_it_stands(needs, launched, slot):
     mask = allowed_mask(oracle.seen_selected(chosen, CFG, 500), 500, 6, "cuda")
     with launched("selected", "triton"):
         got = selected_attention(q, k, v, chosen, CFG, backend="triton")
+    exact = eager(q.double(), k.double(), v.double(), mask)
+    assert within_budget(got, eager(q, k, v, mask), exact, "out") == []
+
+
+@pytest.mark.parametrize("T", [33, 3])
+def test_an_index_out_of_range_is_masked_like_an_empty_slot(needs, launched, T):
+    """Past any sequence, below -1, and of the query's future."""
+    needs("selected", "triton")
+    q, k, v = _inputs((2, T, 500, 2, 6, 64, 64), torch.bfloat16)
+    chosen = fixed_selection(2, T, 2, 500, CFG)
+    selected_cases.out_of_range(500, CFG.l_sel)(chosen)
+    own = torch.arange(500 - T, 500)[:, None, None] // CFG.l_sel
+    legal = chosen.masked_fill((chosen < 0) | (chosen > own), -1)
+    mask = allowed_mask(oracle.seen_selected(legal, CFG, 500), 500, 6, "cuda")
+    with launched("selected", "triton"):
+        got = selected_attention(q, k, v, chosen.cuda(), CFG, backend="triton")
     exact = eager(q.double(), k.double(), v.double(), mask)
     assert within_budget(got, eager(q, k, v, mask), exact, "out") == []
 
