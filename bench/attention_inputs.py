@@ -64,7 +64,7 @@ def make(
         return torch.randn(1, rows, heads, layout.dim, device=device, dtype=torch.float32, generator=generator)
 
     q, k, v = KINDS[kind](normal, S, layout, cfg)
-    return QKV(q.to(dtype), k.to(dtype), v.to(dtype))
+    return QKV(*(x.to(dtype).contiguous() for x in (q, k, v)))
 
 
 def _random(normal: Normal, S: int, layout: Layout, cfg: NSAConfig) -> QKV:

@@ -232,13 +232,14 @@ class Sweep:
         except (routing.Unsupported, kinds.InputsError) as error:
             return f"cannot run: {error}"
         except (RuntimeError, MemoryError) as error:
+            said = str(error).partition("\n")[0]
             if amount := measure.refused_allocation(error):
                 status = f"out of memory: {amount} refused"
-            elif str(error).startswith(NO_OPERATOR):
-                status = f"cannot run: {str(error).splitlines()[0]}"
+            elif said.startswith(NO_OPERATOR):
+                status = f"cannot run: {said}"
             else:
                 traceback.print_exc()
-                status = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+                status = f"failed: {type(error).__name__}: {said}"
         self.release()
         return status
 

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 
+from nsa import measure
 from nsa.measure import Progress, refused_allocation, time_ms
 
 
@@ -60,3 +61,21 @@ def test_another_error_is_not_taken_for_one_of_memory(error):
 
 def test_time_is_in_milliseconds():
     assert 0 < time_ms(lambda: None, torch.device("cpu")) < 1000
+
+
+def test_clocks_are_nvmls_for_the_sm_and_the_memory(monkeypatch):
+    class Nvml:
+        def nvmlDeviceGetClockInfo(self, card, clock, out):
+            out._obj.value = {1: 1980, 2: 3201}[clock]  # NVML_CLOCK_SM, NVML_CLOCK_MEM
+            return 0
+
+    class Card:
+        uuid = "0-1"
+
+    found = {"0-1": (Nvml(), None)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    monkeypatch.setattr(measure, "_nvml_device", found.get)
+    assert measure.clocks(torch.device("cuda")) == (1980, 3201)
+    found["0-1"] = None  # a machine whose driver has no NVML
+    assert measure.clocks(torch.device("cuda")) is None
+    assert measure.clocks(torch.device("cpu")) is None

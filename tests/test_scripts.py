@@ -357,6 +357,7 @@ def test_attention_inputs_are_what_their_names_say():
     S, layout, cfg, found = 4096, inputs["Layout"](2, 1, 32), NSAConfig(), {}
     for kind in inputs["KINDS"]:
         q, k, v = inputs["make"](kind, S, layout, cfg, torch.device("cpu"), torch.float32)
+        assert all(x.is_contiguous() for x in (q, k, v))  # or a kernel's time would be that of a copy
         k_cmp, v_cmp = (compress(x, MeanPhi(), cfg) for x in (k, v))
         _, lse = compressed_attention(q, k_cmp, v_cmp, cfg, seq_len=S)
         found[kind] = inputs["choices"](select_blocks(q, k_cmp, lse, cfg, seq_len=S), cfg)
