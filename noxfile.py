@@ -72,6 +72,13 @@ def lock(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "ci.lock", *session.posargs, external=True)
 
 
+@nox.session(venv_backend="virtualenv", reuse_venv=True)
+def sbom(session: nox.Session) -> None:
+    """CycloneDX bills of materials of both images, from the locks, in dist/."""
+    session.install("-q", "-r", "requirements-lock.txt")
+    session.run("python", "-m", "ci.sbom", *session.posargs)
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """The library's and the repository's tests, with coverage; `-- -k NAME` narrows them."""

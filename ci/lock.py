@@ -66,6 +66,23 @@ def pins(text: str) -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in PIN.findall(text)}
 
 
+def blocks(body: str) -> Iterator[tuple[str, str]]:
+    """Canonical name and text of each pin, with its hashes and its `# via` line."""
+    starts = [match.start() for match in PIN.finditer(body)]
+    for start, end in zip(starts, [*starts[1:], len(body)], strict=True):
+        block = body[start:end]
+        yield canonicalize_name(block.split("==")[0]), block
+
+
+def pinned(path: Path) -> dict[str, str]:
+    """Canonical name to version of the input's exact pins that apply where the lock does."""
+    found: dict[str, str] = {}
+    for wanted in _requirements(path):
+        exact = [each.version for each in wanted.specifier if each.operator == "=="]
+        found |= {canonicalize_name(wanted.name): version for version in exact}
+    return found
+
+
 def drift(root: Path) -> list[str]:
     """Why the locks are not those of the inputs, a line each; needs no network. Nothing without a docker/ folder."""
     if not (root / "docker").is_dir():
@@ -107,7 +124,7 @@ def _drift(root: Path, lock: Lock) -> Iterator[str]:
             continue
         if name not in have or not wanted.specifier.contains(have[name], prereleases=True):
             yield f"has {name} {have.get(name, 'not at all')}, {lock.inputs} wants {wanted.specifier}"
-    yield from (f"{name} has no hash" for name, block in _blocks(body) if not HASH.search(block))
+    yield from (f"{name} has no hash" for name, block in blocks(body) if not HASH.search(block))
 
 
 def _requirements(path: Path) -> Iterator[Requirement]:
@@ -152,14 +169,6 @@ def _body(text: str) -> str:
     return "".join(lines[first:])
 
 
-def _blocks(body: str) -> Iterator[tuple[str, str]]:
-    """Name and text of each pin with its hashes and its `# via` lines."""
-    starts = [match.start() for match in PIN.finditer(body)]
-    for start, end in zip(starts, [*starts[1:], len(body)], strict=True):
-        block = body[start:end]
-        yield canonicalize_name(block.split("==")[0]), block
-
-
 def _compile(root: Path, lock: Lock, upgrade: bool) -> str:
     uv = shutil.which("uv")
     if not uv:
@@ -178,7 +187,7 @@ def _compile(root: Path, lock: Lock, upgrade: bool) -> str:
             unreachable = any("error sending request" in line or "Failed to fetch" in line for line in lines)
             reason = " ".join(lines)[:400] or f"exit code {done.returncode}"
             raise LockError(f"{lock.inputs}: {reason}", INFRASTRUCTURE if unreachable else CONFIGURATION)
-        return "".join(block for name, block in _blocks(output.read_text()) if not lock.leaves_out(name))
+        return "".join(block for name, block in blocks(output.read_text()) if not lock.leaves_out(name))
 
 
 def _difference(before: dict[str, str], after: dict[str, str]) -> str:

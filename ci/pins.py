@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import IO, Any
@@ -57,6 +57,15 @@ def load(root: Path) -> dict[str, Any]:
         raise PinError(f"{PINS}: not TOML ({error})") from error
 
 
+def entries(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Section and content of every pin. PinError for one that is neither an image nor a wheel."""
+    for section, entry in load(root).items():
+        if isinstance(entry, dict):
+            if not ({"image", "digest"} <= entry.keys() or {"url", "version", "sha256"} <= entry.keys()):
+                raise PinError(f"{PINS}: [{section}] has neither image and digest nor url, version and sha256")
+            yield section, entry
+
+
 def resolve(root: Path, *, upgrade: bool = False) -> tuple[list[str], list[str]]:
     """Records what is unresolved, and with `upgrade` newer bases: a line each on what was done, and on what failed.
 
@@ -64,11 +73,9 @@ def resolve(root: Path, *, upgrade: bool = False) -> tuple[list[str], list[str]]
     """
     done: list[str] = []
     failed: list[str] = []
-    for section, entry in load(root).items():
-        if not isinstance(entry, dict):
-            continue
-        key, what = _key(section, entry)
-        title = f"{PINS}: [{section}] {what}"
+    for section, entry in list(entries(root)):
+        key = "digest" if "image" in entry else "sha256"
+        title = f"{PINS}: [{section}] {entry.get('image') or entry['url'].rsplit('/', 1)[-1]}"
         if entry[key] != UNRESOLVED and not upgrade:
             continue
         try:
@@ -82,15 +89,6 @@ def resolve(root: Path, *, upgrade: bool = False) -> tuple[list[str], list[str]]
             _record(root / PINS, section, key, found)
             done.append(f"{title}: {found}")
     return done, failed
-
-
-def _key(section: str, entry: dict[str, Any]) -> tuple[str, str]:
-    """The key that holds an entry's digest, and its name for people. PinError if the entry is neither kind."""
-    if {"image", "digest"} <= entry.keys():
-        return "digest", entry["image"]
-    if {"url", "version", "sha256"} <= entry.keys():
-        return "sha256", entry["url"].rsplit("/", 1)[-1]
-    raise PinError(f"{PINS}: [{section}] has neither image and digest nor url, version and sha256")
 
 
 def _find(section: str, entry: dict[str, Any]) -> str:
