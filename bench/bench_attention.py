@@ -44,6 +44,14 @@ BUDGET_MS = 120.0
 NO_OPERATOR = ("No available kernel", "No viable backend")
 
 
+def length(text: str) -> int:
+    """argparse type: positions, enough for one compressed block."""
+    S, least = cli.at_least_one(text), NSAConfig().l
+    if S < least:
+        raise argparse.ArgumentTypeError(f"{S} positions hold no compressed block; give {least} or more")
+    return S
+
+
 def layout(text: str) -> Layout:
     """argparse type: heads,groups,dim."""
     numbers = [cli.at_least_one(part) for part in text.split(",")]
@@ -72,7 +80,7 @@ def parse(device: torch.device) -> tuple[argparse.Namespace, CsvLog | None]:
     default = ON_GPU if device.type == "cuda" else ON_CPU
     parser = cli.Parser(prog="bench_attention", description="Time NSA's parts beside dense attention.")
     flag = parser.add_argument
-    flag("--S", type=cli.at_least_one, nargs="+", default=default["S"], help="positions (%(default)s)")
+    flag("--S", type=length, nargs="+", default=default["S"], help="positions (%(default)s)")
     layouts = [Layout(*one) for one in default["layouts"]]
     said = f"heads, groups, head dim ({' '.join(','.join(map(str, one)) for one in layouts)})"
     flag("--layouts", type=layout, nargs="+", default=layouts, metavar="H,G,D", help=said)

@@ -337,6 +337,7 @@ def test_attention_bench_says_not_run_after_its_minutes(tmp_path):
     ("args", "named"),
     [
         (["--S", "0"], "--S"),
+        (["--S", "31"], "32 or more"),
         (["--layouts", "4,3,16"], "--layouts"),
         (["--inputs", "easy"], "--inputs"),
         (["--inputs", "none.pt"], "none.pt"),
