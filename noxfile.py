@@ -82,13 +82,12 @@ def sbom(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The library's and the repository's tests, with coverage; `-- -k NAME` narrows them."""
-    options = ["-n", "2", "--cov", "--cov-report=term:skip-covered"]
+    options = ["-n", "2", "--cov", "--cov-report=term:skip-covered", "--junitxml=dist/tests.xml"]
     session.run("python", "-m", "pytest", *options, *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
-@nox.session
+@nox.session(venv_backend="virtualenv", reuse_venv=True)
 def lint(session: nox.Session) -> None:
-    """ruff (rules and format) and mypy."""
-    session.run("python", "-m", "ruff", "check", ".", external=True)
-    session.run("python", "-m", "ruff", "format", "--check", ".", external=True)
-    session.run("python", "-m", "mypy", external=True)
+    """Every static check, offline: Python, workflows, YAML, shell scripts, Dockerfiles."""
+    session.install("-q", "-r", "requirements-lint.txt")
+    session.run(sys.executable, "-m", "ci.lint", external=True)

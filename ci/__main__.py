@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import os
 import sys
 from pathlib import Path
 
 try:
-    from ci import audit, document, execute, outcome, runbook
+    from ci import audit, document, execute, forgery, outcome, runbook
     from ci.session import Session, clear_exit, offline, publish
 except ModuleNotFoundError as error:
     remedy = "run ci/nox, which brings it, or: pip install -r requirements-cpu.txt"
@@ -37,8 +38,14 @@ def parser() -> argparse.ArgumentParser:
     book = commands.add_parser("runbook", help="print docs/runbook.md")
     book.add_argument("--write", action="store_true", help="write it, and the README's stage table")
     bundle = commands.add_parser("bundle", help="check a bundle")
-    bundle.add_argument("action", choices=["verify"])
+    bundle.add_argument("action", choices=["verify", "canary"], help="canary: forge it, and expect a refusal each time")
     bundle.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    flow = commands.add_parser("workflow", help="run a workflow's jobs here, as .ci/run does")
+    flow.add_argument("file", type=Path, metavar="FILE")
+    flow.add_argument("--job", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+    flow.add_argument(
+        "--matrix", action="append", type=_pair, default=[], metavar="KEY=VALUE", help="which entry of a matrix"
+    )
     return options
 
 
@@ -51,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "runbook":
             return document.main(book, ROOT, write=args.write)
         if args.command == "bundle":
-            return _verify(args.files)
+            return _verify(args.files) if args.action == "verify" else _canary(args.files)
+        if args.command == "workflow":
+            return _workflow(args)
         return _session(args, book, root)
     except (runbook.RunbookError, outcome.OutcomeError) as error:
         print(f"ci: {error}", file=sys.stderr)
@@ -119,6 +128,43 @@ def _verify(paths: list[Path]) -> int:
             print(f"{report.path}:")
         print(report)
     return outcome.READY if all(report.ok for report in reports) else outcome.TEST_FAILED
+
+
+def _canary(paths: list[Path]) -> int:
+    accepted = 0
+    for path in paths:
+        try:
+            lines = forgery.canary(path)
+        except audit.Refused as refusal:
+            print(f"ci: {refusal}", file=sys.stderr)
+            return outcome.TEST_FAILED
+        print("\n".join(lines))
+        accepted += sum(line.endswith("ACCEPTED") for line in lines)
+    return outcome.TEST_FAILED if accepted else outcome.READY
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not (key and sign):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+def _workflow(args: argparse.Namespace) -> int:
+    from ci import workflow  # late: the rest of the harness needs no YAML
+
+    try:
+        with execute.stoppable():
+            say = functools.partial(print, flush=True)
+            results = workflow.run(args.file, ROOT, jobs=args.job, choices=dict(args.matrix), say=say)
+    except workflow.WorkflowError as error:
+        print(f"ci: {error}", file=sys.stderr)
+        return outcome.CONFIGURATION
+    except execute.Stopped as stop:
+        print(f"ci: {stop}: the running step was ended", file=sys.stderr)
+        return stop.code
+    print(f"\n{workflow.report(results)}")
+    return outcome.TEST_FAILED if any(job.result in ("failure", "cancelled") for job in results) else outcome.READY
 
 
 if __name__ == "__main__":
