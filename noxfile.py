@@ -65,6 +65,18 @@ def report(session: nox.Session) -> None:
     _ci(session, "report")
 
 
+@nox.session
+def publish(session: nox.Session) -> None:
+    """What a stranger's run uploaded, checked and turned into a comment: `-- FOLDER --head SHA`."""
+    session.run("python", "-m", "ci.publish", *session.posargs, external=True)
+
+
+@nox.session
+def changes(session: nox.Session) -> None:
+    """New and known failures of two runs: `-- BEFORE AFTER`, folders of their artifacts."""
+    session.run("python", "-m", "ci.changes", *session.posargs, external=True)
+
+
 @nox.session(venv_backend="virtualenv", reuse_venv=True)
 def lock(session: nox.Session) -> None:
     """Hashed locks of the images from the pinned inputs; `-- --check` only says whether they fit."""

@@ -25,15 +25,27 @@ from pathlib import Path
 from typing import Any
 
 from ci.contract import digest
+from ci.outcome import RunResult, load_result
 from ci.runbook import SOURCE
-from ci.story import RUNBOOK, contradictions
+from ci.story import RESULT, RUNBOOK, contradictions
 
 SCHEMA = 1
-MAX_MEMBERS = 20_000
 MAX_MEMBER = 512 * 2**20
-MAX_TOTAL = 4 * 2**30
 CHUNK = 2**20
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is read before a bundle is refused: files, bytes of one, bytes in all.
+
+    `runbook`: the sha256 its runbook must have; one of another is refused before its regular expressions run.
+    """
+
+    members: int = 20_000
+    member: int = MAX_MEMBER
+    total: int = 4 * 2**30
+    runbook: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class VerifyReport:
     exit_code: int | None = None
     files: int = 0
     sha256: str = ""
+    result: RunResult | None = None
 
     @property
     def ok(self) -> bool:
@@ -71,8 +84,12 @@ class Refused(ValueError):
     """Why the bundle is not read any further: the file in it and the reason."""
 
 
-def verify(path: Path) -> VerifyReport:
-    """Checks a bundle, trusting nothing in it; reports, and raises nothing, whatever the file holds."""
+def verify(path: Path, limits: Limits | None = None) -> VerifyReport:
+    """Checks a bundle, trusting nothing in it; reports, and raises nothing, whatever the file holds.
+
+    The report carries the verified `result`.
+    """
+    limits = limits or Limits()
     path = Path(path)
     if not path.is_file():
         return VerifyReport(str(path), [f"{path}: no such file"])
@@ -80,8 +97,10 @@ def verify(path: Path) -> VerifyReport:
     with tempfile.TemporaryDirectory(prefix="nsa-verify-") as scratch:
         root = Path(scratch)
         try:
-            top, digests, stream = _unpack(path, root)
+            top, digests, stream = _unpack(path, root, limits)
             manifest = _manifest(root, top, digests)
+            if limits.runbook and digests.get(RUNBOOK) != limits.runbook:
+                raise Refused(f"{RUNBOOK}: not the one this checkout judges by; compare the two by hand")
         except Refused as refusal:
             return replace(report, problems=[str(refusal)])
         problems = [*_differences(root, manifest, digests), *contradictions(root, manifest)]
@@ -96,6 +115,7 @@ def verify(path: Path) -> VerifyReport:
             verdict=manifest["verdict"],
             exit_code=manifest["exit_code"],
             files=len(digests),
+            result=None if problems else load_result(root / RESULT),
         )
 
 
@@ -128,7 +148,7 @@ class _Hashing:
         return len(data)
 
 
-def _unpack(path: Path, root: Path) -> tuple[str, dict[str, str], str]:
+def _unpack(path: Path, root: Path, limits: Limits) -> tuple[str, dict[str, str], str]:
     """Writes the members below root; the top folder's name, path to sha256 of each, sha256 of the whole stream."""
     tops: set[str] = set()
     digests: dict[str, str] = {}
@@ -143,8 +163,9 @@ def _unpack(path: Path, root: Path) -> tuple[str, dict[str, str], str]:
                     total += info.size
                     if name in digests:
                         raise Refused(f"{name}: there twice")
-                    if len(digests) >= MAX_MEMBERS or info.size > MAX_MEMBER or total > MAX_TOTAL:
-                        raise Refused(f"{name}: over the limit of {MAX_MEMBERS} files, {MAX_MEMBER} bytes a file")
+                    if len(digests) >= limits.members or info.size > limits.member or total > limits.total:
+                        most = f"{limits.members} files, {limits.member} bytes a file, {limits.total} in all"
+                        raise Refused(f"{name}: over the limit of {most}")
                     digests[name] = _write(tar, info, root / name)
             if _rest(stream):
                 raise Refused(f"{path.name}: data behind the end of the archive")
@@ -209,7 +230,7 @@ def _manifest(root: Path, top: str, digests: dict[str, str]) -> dict[str, Any]:
             raise Refused(f"{name}: missing")
     try:
         data = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
         raise Refused(f"{MANIFEST}: not JSON ({error})") from error
     shape = {"bundle": str, "profile": str, "git_sha": str, "run_id": str, "verdict": str, "exit_code": int}
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:

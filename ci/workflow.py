@@ -52,12 +52,29 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|fal
 def load(path: Path) -> dict[str, Any]:
     """A YAML file as GitHub reads it; WorkflowError if it is none."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise WorkflowError(f"{path}: unreadable ({' '.join(str(error).split())})") from error
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The text of such a file; yaml.YAMLError if it is no mapping."""
+    data = yaml.load(text, _Loader)
     if not isinstance(data, dict):
-        raise WorkflowError(f"{path}: not a mapping")
+        raise yaml.YAMLError("not a mapping")
     return data
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every string inside a parsed file, but for keys."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 @dataclass
@@ -89,6 +106,11 @@ def run(path: Path, root: Path, *, jobs: list[str], choices: dict[str, str], say
     return _Workflow(path, load(path), root, choices, say).run(jobs)
 
 
+def check(path: Path, root: Path, **choices: str) -> list[str]:
+    """The jobs in the order they would run; WorkflowError if one could not be run here. Runs nothing."""
+    return list(_Workflow(path, load(path), root, choices, print).plan([]))
+
+
 class _Workflow:
     def __init__(self, path: Path, data: dict[str, Any], root: Path, choices: dict[str, str], say: Say) -> None:
         self.path, self.data, self.root, self.choices, self.say = path, data, root, choices, say
@@ -110,20 +132,22 @@ class _Workflow:
             "workspace": str(root),
         }
 
-    def run(self, wanted: list[str]) -> list[JobResult]:
+    def plan(self, wanted: list[str]) -> dict[str, _Job | None]:
+        """Every job in its order, checked; None for one that was not asked for."""
         jobs: dict[str, dict[str, Any]] = self.data.get("jobs") or {}
         if unknown := [name for name in wanted if name not in jobs]:
             raise WorkflowError(f"{self.path}: no job {unknown[0]!r}; jobs: {', '.join(jobs)}")
-        order = list(_ordered(self.path, jobs))
-        planned = {name: _Job(self, name, jobs[name]) for name in order if not wanted or name in wanted}
+        asked = {name: not wanted or name in wanted for name in _ordered(self.path, jobs)}
+        planned = {name: _Job(self, name, jobs[name]) if yes else None for name, yes in asked.items()}
         for job in planned.values():
-            job.check()
-        for name in order:
-            if name not in planned:
-                self.done[name] = JobResult(name, name, "skipped", detail="not asked for")
-                continue
-            self.done[name] = planned[name].run()
-        return [self.done[name] for name in order]
+            if job:
+                job.check()
+        return planned
+
+    def run(self, wanted: list[str]) -> list[JobResult]:
+        for name, job in self.plan(wanted).items():
+            self.done[name] = job.run() if job else JobResult(name, name, "skipped", detail="not asked for")
+        return list(self.done.values())
 
 
 class _Job:
@@ -153,7 +177,7 @@ class _Job:
 
     def check(self) -> None:
         """Every expression, shell and condition is one that can be handled here."""
-        for text in _texts(self.data):
+        for text in texts(self.data):
             for expression in expressions.inline(text):
                 self._known(expression)
         for step in self.data["steps"]:
@@ -339,17 +363,6 @@ def _ordered(path: Path, jobs: dict[str, Any]) -> Iterator[str]:
         left.remove(name)
         done.add(name)
         yield name
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
 
 
 def _title(step: dict[str, Any]) -> str:
