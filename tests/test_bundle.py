@@ -339,10 +339,9 @@ def test_a_tampered_file_is_refused_by_name(run: Run, tamper: Callable[[Path], P
     assert report.lines()[0].startswith("refused: ")
 
 
-def test_an_oversized_member_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = pack(run)
-    monkeypatch.setattr(audit, "MAX_MEMBER", 1000)
-    assert "over the limit" in bundle.verify(path).problems[0]
+@pytest.mark.parametrize("limits", [{"member": 1000}, {"members": 3}, {"total": 5000}])
+def test_more_than_the_limits_allow_is_refused(run: Run, limits: dict[str, int]) -> None:
+    assert "over the limit" in audit.verify(pack(run), audit.Limits(**limits)).problems[0]
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
