@@ -92,6 +92,18 @@ def sbom(session: nox.Session) -> None:
 
 
 @nox.session
+def image(session: nox.Session) -> None:
+    """Build an image of this tree and run it: `-- cpu gpu_parity`, `-- gpu`; without a stage, everything."""
+    _ci(session, "image", *session.posargs)
+
+
+@nox.session
+def repro(session: nox.Session) -> None:
+    """Run again what a bundle describes, at its commit and in its image: `-- BUNDLE`."""
+    _ci(session, "repro", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """The library's and the repository's tests, with coverage; `-- -k NAME` narrows them."""
     options = ["-n", "2", "--cov", "--cov-report=term:skip-covered", "--junitxml=dist/tests.xml"]

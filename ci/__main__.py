@@ -9,12 +9,13 @@ import os
 import sys
 from pathlib import Path
 
+REMEDY = "run ci/nox, which brings it, or: pip install -r requirements-cpu.txt"
+
 try:
-    from ci import audit, document, execute, forgery, outcome, runbook
+    from ci import audit, document, engine_options, execute, forgery, outcome, runbook
     from ci.session import Session, clear_exit, offline, publish
 except ModuleNotFoundError as error:
-    remedy = "run ci/nox, which brings it, or: pip install -r requirements-cpu.txt"
-    print(f"ci: {error.name} is not installed for {sys.executable}; {remedy}", file=sys.stderr)
+    print(f"ci: {error.name} is not installed for {sys.executable}; {REMEDY}", file=sys.stderr)
     raise SystemExit(78) from None  # the configuration code; ci.outcome may be what is missing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("preflight", help="is this machine fit for the profile?")
     book = commands.add_parser("runbook", help="print docs/runbook.md")
     book.add_argument("--write", action="store_true", help="write it, and the README's stage table")
+    commands.add_parser("list", help="the sessions, as the runbook names them")
+    engine_options.add_image(commands)
+    engine_options.add_repro(commands)
     bundle = commands.add_parser("bundle", help="check a bundle")
     bundle.add_argument("action", choices=["verify", "canary"], help="canary: forge it, and expect a refusal each time")
     bundle.add_argument("files", type=Path, nargs="+", metavar="FILE")
@@ -57,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         book = runbook.load(Path(args.steps))
         if args.command == "runbook":
             return document.main(book, ROOT, write=args.write)
+        if args.command == "list":
+            return _list(book)
         if args.command == "bundle":
             return _verify(args.files) if args.action == "verify" else _canary(args.files)
         if args.command == "workflow":
@@ -76,9 +82,35 @@ def _session(args: argparse.Namespace, book: runbook.Runbook, root: Path) -> int
         print("ci: another session is running in this tree; wait for it, or use a clone of its own", file=sys.stderr)
         return outcome.INFRASTRUCTURE
     try:
+        if args.command in ("image", "repro"):
+            return _with_engine(args, book, root)
         return _locked_session(args, book, root)
     finally:
         os.close(tree)
+
+
+def _with_engine(args: argparse.Namespace, book: runbook.Runbook, root: Path) -> int:
+    try:
+        from ci import engine_command, repro  # late: only these two need the Docker SDK
+    except ModuleNotFoundError as error:
+        print(f"ci: {error.name} is not installed for {sys.executable}; {REMEDY}", file=sys.stderr)
+        return outcome.CONFIGURATION
+    clear_exit(root)
+    if args.command == "image":
+        return engine_command.main(args, root, _say)
+    return repro.main(args, book, root, _say)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _list(book: runbook.Runbook) -> int:
+    print(f"{'readiness':18} everything this machine can prove, then the report (the default)")
+    for stage in book.stages:
+        print(f"{stage.id:18} {stage.title}")
+    print(f"{'preflight':18} is this machine fit for its profile?\n{'report':18} judge what has run")
+    return outcome.READY
 
 
 def _locked_session(args: argparse.Namespace, book: runbook.Runbook, root: Path) -> int:
@@ -90,7 +122,7 @@ def _locked_session(args: argparse.Namespace, book: runbook.Runbook, root: Path)
         posargs=getattr(args, "posargs", []),
         offline=offline(),
         run_id=os.environ.get("NSA_CI_RUN_ID", ""),
-        say=lambda line: print(line, flush=True),
+        say=_say,
     )
     name = args.name if args.command == "stage" else args.command
     try:

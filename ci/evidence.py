@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ci import container
 from ci.outcome import RunResult
 
 T = TypeVar("T")
@@ -188,6 +189,7 @@ def machine(result: RunResult) -> list[tuple[str, str]]:
         ("Triton", versions.get("triton") or "absent"),
         ("flash-attn", versions.get("flash-attn") or "absent"),
         ("system", env.get("platform")),
+        ("image", container.title(_table(env.get("image")))),
         ("commit", result.git_sha + (" with uncommitted changes" if result.dirty else "")),
     ]
     return [(name, "unknown" if value is None else str(value)) for name, value in facts]

@@ -16,7 +16,7 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from ci import lock, nvidia
+from ci import container, lock, nvidia
 
 PACKAGES = (
     "torch",
@@ -37,9 +37,12 @@ PROBES = Path(__file__).with_name("probes")
 def gather(root: Path, *, offline: bool = False) -> dict[str, Any]:
     """Every fact that a need, a check or the report asks for."""
     gpus, problem = nvidia.query()
+    inside = container.facts()
+    image = inside.get("image", {})
     return {
-        "git_sha": _git(root, "rev-parse", "HEAD") or os.environ.get("NSA_CI_SHA", "unknown"),
-        "dirty": _dirty(root),
+        **inside,
+        "git_sha": git(root, "rev-parse", "HEAD") or image.get("revision") or os.environ.get("NSA_CI_SHA", "unknown"),
+        "dirty": dirty(root) or bool(image.get("dirty")),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
@@ -121,7 +124,8 @@ def _applies(requirement: Requirement) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
-def _git(root: Path, *arguments: str) -> str:
+def git(root: Path, *arguments: str) -> str:
+    """What git says in the tree; empty if it fails or is absent."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
     except FileNotFoundError:
@@ -129,11 +133,11 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _dirty(root: Path) -> bool:
+def dirty(root: Path) -> bool:
     """Does the tree hold what the commit does not: an edit, or a new file that Python, pytest or nox would obey?"""
     obeyed = ("*.py", "*.pth", "*.toml", "*.ini", "*.cfg")
-    edited = _git(root, "status", "--porcelain", "--untracked-files=no")
-    return bool(edited or _git(root, "ls-files", "--others", "--exclude-standard", "--", *obeyed))
+    edited = git(root, "status", "--porcelain", "--untracked-files=no")
+    return bool(edited or git(root, "ls-files", "--others", "--exclude-standard", "--", *obeyed))
 
 
 def _cpu_model() -> str:

@@ -33,6 +33,8 @@ JUDGED = (
     "train_readiness",
     "bench",
     "report",
+    "image",
+    "repro",
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from ci import container
 from ci.outcome import CONFIGURATION, INFRASTRUCTURE
 from ci.runbook import Profile, Runbook, RunbookError
 
@@ -59,6 +60,7 @@ def choose(book: Runbook, wanted: str, facts: dict[str, Any]) -> Profile:
 def check(profile: Profile, facts: dict[str, Any], artifacts: Path) -> list[Check]:
     """All findings; the machine may run the profile's steps if none of them is a failure."""
     findings = [*_software(facts), _disk(facts), _writable(artifacts)]
+    findings += [Check(*each) for each in container.check(facts)]
     findings += _no_gpu_expected(facts) if profile.gpus == 0 else _gpus(profile, facts)
     return findings
 

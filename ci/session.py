@@ -173,6 +173,16 @@ def clear_exit(root: Path) -> None:
         (root / "artifacts" / "exit.json").unlink(missing_ok=True)
 
 
+def leave_exit(root: Path, session: str, code: int, **more: str) -> int:
+    """exit.json of a session that judges no steps itself; returns the code."""
+    written = {"code": code, "meaning": MEANING.get(code, ""), "session": session, **more}
+    try:
+        _write(root / "artifacts/exit.json", written)
+    except OSError:
+        print("exit.json cannot be written: artifacts/ is not writable")
+    return code
+
+
 def publish(root: Path) -> str:
     """Copies artifacts/ and the bundles to NSA_CI_ARTIFACTS, where that is a folder of its own (a container's mount).
 

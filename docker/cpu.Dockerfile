@@ -11,15 +11,16 @@ WORKDIR /opt/nsa
 COPY docker/pins.toml docker/describe.py docker/lock-cpu.txt docker/
 COPY requirements-cpu.txt ./
 RUN python3 docker/describe.py base "${BASE}" "${STAND_IN}" && python3 -m venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH PIP_NO_COMPILE=1 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+ENV PATH=/opt/venv/bin:$PATH PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # torch by its version alone: with a hash pip would pass over the small CPU build that PIP_EXTRA_INDEX_URL offers. What
 # was installed is written down instead.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,target=/run/ca.crt \
     --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-deps --only-binary :all: --report torch.json "$(grep -om1 '^torch==[^ ;]*' requirements-cpu.txt)"
+    grep -m1 '^torch==' requirements-cpu.txt > torch.txt \
+    && pip install --no-compile --no-deps --only-binary :all: --report torch.json -r torch.txt
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,target=/run/ca.crt \
     --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-deps --only-binary :all: --require-hashes -r docker/lock-cpu.txt && pip check
+    pip install --no-compile --no-deps --only-binary :all: --require-hashes -r docker/lock-cpu.txt && pip check
 COPY docker/compile.py docker/
 RUN python docker/compile.py
 COPY . .
@@ -27,7 +28,7 @@ COPY . .
 ARG REVISION=unknown
 ARG DIRTY=""
 RUN python3 docker/describe.py image cpu "${BASE}" "${REVISION}" "${DIRTY}" > /opt/image.json \
-    && rm -rf torch.json artifacts dist \
+    && rm -rf torch.txt torch.json artifacts dist \
     && ln -s /artifacts artifacts && ln -s /artifacts dist && chmod -R a+rX /opt/nsa
 
 # hadolint ignore=DL3006

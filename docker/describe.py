@@ -1,7 +1,7 @@
 """Build-time helper of the Dockerfiles, standard library only (Python 3.11).
 
-    describe.py base BASE STAND_IN                   refuses a base that is neither the pinned one nor named a stand-in
-    describe.py image LANE BASE REVISION DIRTY       prints what the image is made of, as JSON, for env.json
+describe.py base BASE STAND_IN                   refuses a base that is neither the pinned one nor named a stand-in
+describe.py image LANE BASE REVISION DIRTY       prints what the image is made of, as JSON, for env.json
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import hashlib
 import json
 import re
 import sys
-import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 

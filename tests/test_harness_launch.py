@@ -91,7 +91,7 @@ def test_the_judged_sessions_are_the_noxfiles_stages():
     from ci import runbook
 
     stages = {stage.id for stage in runbook.load().stages}
-    assert set(launch.JUDGED) == stages | {"readiness", "preflight", "report"}
+    assert set(launch.JUDGED) == stages | {"readiness", "preflight", "report", "image", "repro"}
     text = (ROOT / "noxfile.py").read_text()
     for name in launch.JUDGED:
         assert f"def {name}(session" in text
