@@ -149,7 +149,7 @@ def _run(args: argparse.Namespace, session: Session, book: runbook.Runbook) -> i
         return session.finish(getattr(args, "name", args.command), code)
     steps = [judged for stage in stages for judged in session.run_stage(stage)]
     if args.command == "readiness":
-        return session.report().exit_code
+        return session.report(args.command).exit_code
     return session.close_stage(args.name, steps)
 
 

@@ -97,10 +97,12 @@ def drift(requirements: Path) -> list[str]:
     return found
 
 
-def probe(script: str) -> dict[str, Any]:
+def probe(script: str, *arguments: str) -> dict[str, Any]:
     """Runs ci/probes/`script` with this interpreter and returns its JSON; `error` if it gave none."""
     try:
-        done = subprocess.run([sys.executable, str(PROBES / script)], capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, str(PROBES / script), *arguments], capture_output=True, text=True, timeout=300
+        )
     except subprocess.TimeoutExpired:
         return {"error": f"{script} did not answer within 300 s"}
     lines = done.stdout.strip().splitlines()

@@ -177,6 +177,8 @@ def _gpus(profile: Profile, facts: dict[str, Any]) -> Iterator[Check]:
         said = f"/dev/shm has {facts['shm_mb']} MB, two GPUs want {SHM_FLOOR_MB}; in a container add --shm-size=8g"
         yield Check("shm", "fail", said, CONFIGURATION)
     yield from _selftest(facts.get("selftest", {}))
+    if "all_reduce" in facts:
+        yield _all_reduce(facts["all_reduce"])
 
 
 def _fits(profile: Profile, devices: list[dict[str, Any]]) -> Check:
@@ -202,6 +204,14 @@ def _health(gpu: dict[str, Any]) -> Iterator[Check]:
     if used is not None and total and used > BUSY_SHARE * total:
         said = f"{gpu['name']} is busy: {used} of {total} MB in use before the run; wait, or free it"
         yield Check("memory", "fail", said, INFRASTRUCTURE)
+
+
+def _all_reduce(report: dict[str, Any]) -> Check:
+    wrong = report.get("error") or report["all_reduce"]
+    if wrong:
+        said = f"{wrong}; the GPUs do not work together: look at their links and at NCCL's own NCCL_DEBUG=INFO"
+        return Check("all-reduce", "fail", said, INFRASTRUCTURE)
+    return Check("all-reduce", "ok", "the GPUs' sum is right")
 
 
 def _selftest(report: dict[str, Any]) -> Iterator[Check]:

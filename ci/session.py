@@ -58,6 +58,8 @@ class Session:
         self.profile = profile.id
         if profile.gpus and self.facts["torch"].get("cuda"):
             self.facts["selftest"] = facts.probe("selftest.py")
+            if 1 < profile.gpus <= len(self.facts["torch"].get("devices", [])):
+                self.facts["all_reduce"] = facts.probe("allreduce.py", str(profile.gpus))
         self.facts |= {"profile": profile.id, "runbook_sha256": self.book.sha256}
         findings = preflight.check(profile, self.facts, self.artifacts)
         code = preflight.code(findings)
@@ -108,11 +110,11 @@ class Session:
             self.say(f"    reproduce: {judged.reproduce}")
         return judged
 
-    def report(self) -> RunResult:
+    def report(self, name: str = "report") -> RunResult:
         """Judges everything recorded, writes result.json, junit.xml, summary.md, summary.html and the bundle."""
         result = contract.judge(self.book, self.profile or self._recorded_profile(), self.artifacts)
         junit.merge(result.steps, self.artifacts / "junit", self.artifacts / "junit.xml", _properties(result))
-        self._write_reports(result)
+        self._write_reports(result, name)
         from ci import bundle
 
         try:
@@ -121,17 +123,17 @@ class Session:
             lost = [*result.not_proven, f"no bundle: {error}"]
             code = result.exit_code or outcome.CONTRACT
             result = replace(result, verdict="NOT READY", exit_code=code, not_proven=lost)
-            self._write_reports(result)
+            self._write_reports(result, name)
             packed = None
         self.say((self.artifacts / "summary.md").read_text().rstrip())
         self.say(f"\nreport: artifacts/summary.html\nbundle: {packed.relative_to(self.root) if packed else 'none'}")
         return result
 
-    def _write_reports(self, result: RunResult) -> None:
+    def _write_reports(self, result: RunResult, name: str) -> None:
         from ci import html, summary  # late: preflight and the stages run without a plotting library
 
         outcome.save(result, self.artifacts / "result.json")
-        self.finish("report", result.exit_code, result.verdict)
+        self.finish(name, result.exit_code, result.verdict)
         (self.artifacts / "summary.md").write_text(summary.render_markdown(result, self.artifacts))
         (self.artifacts / "summary.html").write_text(html.render_html(result, self.artifacts, self.book))
 

@@ -99,7 +99,8 @@ def test_a_run_with_canaries_is_not_ready_and_says_how_to_repeat_each(everything
     root, done, judged = everything
     assert done.returncode == 1
     assert "note: judged by canaries.toml" in done.stdout
-    assert json.loads((root / "artifacts/exit.json").read_text())["code"] == 1
+    left = json.loads((root / "artifacts/exit.json").read_text())
+    assert (left["code"], left["session"]) == (1, "readiness")
     assert outcome.load_result(root / "artifacts/result.json").verdict == "NOT READY"
     lines = done.stdout.splitlines()
     for name in (name for name, (code, _) in CODES.items() if code):

@@ -140,6 +140,8 @@ DEAD = {"cuda": False, "devices": []}
         ("a100", machine(A100.replace("81559, 0", "81559, 60000")), 75, "busy"),
         ("a100", machine(A100.replace(", 0\n", ", 3\n")), 75, "uncorrected"),
         ("a100", machine(selftest={"error": "selftest.py exits 1"}), 75, "exits 1"),
+        ("a100x2", machine(A100 * 2, all_reduce={"all_reduce": "rank 1: 3 of 9 sums are wrong"}), 75, "sums are wrong"),
+        ("a100x2", machine(A100 * 2, all_reduce={"error": "did not answer within 300 s"}), 75, "did not answer"),
         ("a100", machine(versions={"torch": "2.4.1", "triton": "3.1.0"}), 78, "requires ==3.0.0"),
         ("a100", machine(versions={"torch": "2.4.1"}), 78, "pip install 'triton==3.0.0'"),
         ("cpu", CPU | {"python": "3.9.2"}, 78, "3.10"),
@@ -159,6 +161,11 @@ def test_an_unfit_machine_has_its_code_and_its_line(profile, seen, code, said, t
 def test_a_device_that_computes_wrongly_is_infrastructure(tmp_path):
     report = {"devices": {"cuda:0": {"matmul": "3 of 9 products are wrong", "triton_add": ""}}, "flash_attn": ""}
     assert outcome("a100", machine(selftest=report), tmp_path)[0] == 75
+
+
+def test_the_all_reduce_probe_adds_and_reports_a_rank_that_cannot():
+    assert facts.probe("allreduce.py", "2", "gloo") == {"all_reduce": ""}
+    assert "pigeon" in facts.probe("allreduce.py", "2", "pigeon")["all_reduce"]
 
 
 def test_a_flash_attn_of_another_torch_is_named_by_its_symbol(tmp_path):
