@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -84,17 +85,17 @@ class Refused(ValueError):
     """Why the bundle is not read any further: the file in it and the reason."""
 
 
-def verify(path: Path, limits: Limits | None = None) -> VerifyReport:
+def verify(path: Path, limits: Limits | None = None, *, keep: Path | None = None) -> VerifyReport:
     """Checks a bundle, trusting nothing in it; reports, and raises nothing, whatever the file holds.
 
-    The report carries the verified `result`.
+    The report carries the verified `result`. `keep` is an empty folder in which the unpacked files stay.
     """
     limits = limits or Limits()
     path = Path(path)
     if not path.is_file():
         return VerifyReport(str(path), [f"{path}: no such file"])
     report = VerifyReport(str(path), sha256=digest(path))
-    with tempfile.TemporaryDirectory(prefix="nsa-verify-") as scratch:
+    with nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="nsa-verify-") as scratch:
         root = Path(scratch)
         try:
             top, digests, stream = _unpack(path, root, limits)

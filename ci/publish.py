@@ -20,12 +20,13 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ci import audit, outcome
+from ci import audit, evidence, outcome
 from ci.contract import digest
 from ci.outcome import RunResult, StepOutcome
 from ci.runbook import SOURCE, load
@@ -38,6 +39,7 @@ MAX_BUNDLES = 16
 MAX_FILE = 64 * 2**20
 LIMITS = audit.Limits(members=2000, member=64 * 2**20, total=256 * 2**20)
 SECONDS, MEMORY = 120, 4 * 2**30
+MAX_FIGURES = 20
 MAX_COMMENT = 60_000  # GitHub takes 65,536 characters
 MARKS = {"PASSED": "✅", "SKIPPED": "⚪"}
 
@@ -59,6 +61,8 @@ class Checked:
     result: RunResult | None
     refusal: str = ""
     sha256: str = ""
+    figures: Sequence[tuple[str, str, str]] = ()
+    checkpoints: Sequence[str] = ()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     checked = check(args.folder, expected, args.runbook)
     args.out.write_text(comment(checked, expected, args.workflow), encoding="utf-8")
     for each in checked:
-        print(f"{each.name}: {f'refused: {each.refusal}' if each.refusal else 'verified'}")
+        # In a workflow's log a line of a stranger's could be a command to the runner: code() keeps it on this one.
+        print(f"{code(each.name)}: {f'refused: {code(each.refusal)}' if each.refusal else 'verified'}")
     if not checked:
         print(f"publish: no bundle in {args.folder}", file=sys.stderr)
         return outcome.CONTRACT
@@ -102,7 +107,7 @@ def _check(path: Path, expected: Expected, runbook: Path) -> Checked:
             return Checked(path.name, None, f"made for {what} {have}, expected {' or '.join(wanted)}")
     if result.dirty:
         return Checked(path.name, None, "made with uncommitted changes")
-    return Checked(path.name, result, sha256=said["sha256"])
+    return Checked(path.name, result, "", said["sha256"], said["figures"], said["checkpoints"])
 
 
 def _unfit(path: Path) -> str:
@@ -141,10 +146,19 @@ def _limit() -> None:
 
 
 def _inspect(path: Path, runbook: Path) -> dict[str, Any]:
-    report = audit.verify(path, replace(LIMITS, runbook=digest(runbook)))
-    if report.result is None:
-        return {"refusal": report.problems[0]}
-    return {"result": asdict(report.result), "sha256": report.sha256}
+    with tempfile.TemporaryDirectory(prefix="nsa-publish-") as scratch:
+        root = Path(scratch)
+        report = audit.verify(path, replace(LIMITS, runbook=digest(runbook)), keep=root)
+        if report.result is None:
+            return {"refusal": report.problems[0]}
+        figures = evidence.headlines(evidence.collect(root / "artifacts"), report.result)
+        checkpoints = json.loads((root / audit.MANIFEST).read_text())["checkpoints"]
+        return {
+            "result": asdict(report.result),
+            "sha256": report.sha256,
+            "figures": [(figure.label, figure.value, figure.note) for figure in figures],
+            "checkpoints": [entry["path"] for entry in checkpoints],
+        }
 
 
 def comment(checked: list[Checked], expected: Expected, workflow: str) -> str:
@@ -173,6 +187,14 @@ def _section(each: Checked) -> Iterator[str]:
     result = each.result
     mark = "✅" if result.exit_code == 0 else "❌"
     yield f"{mark} **{result.verdict}** (exit code {result.exit_code}) on {code(result.profile)}, {_machine(result)}"
+    yield ""
+    yield "| figure | value | |"
+    yield "| --- | --- | --- |"
+    for figure in each.figures[:MAX_FIGURES]:
+        yield "| " + " | ".join(code(part) if part else "" for part in figure) + " |"
+    if each.checkpoints:
+        yield ""
+        yield f"Checkpoints: {len(each.checkpoints)}, the last {code(each.checkpoints[-1])}"
     yield ""
     yield f"<details><summary>{len(result.steps)} steps</summary>"
     yield ""

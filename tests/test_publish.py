@@ -49,6 +49,8 @@ def test_an_honest_bundle_becomes_a_comment(run):
     assert "✅ **READY ON CPU** (exit code 0) on `cpu`, `no GPU`, Python `3.11.9`, torch `2.13.0+cpu`" in text
     assert "| `maths` | ✅ PASSED | 2 | 0 | 1 | 12.5 |  |" in text
     assert f"`{packed.name}`, sha256 `{publish.digest(packed)}`" in text
+    assert "| `training loss` | `5.526 → 2.62` | `200 steps at 3,200 toks/s; validation 2.79` |" in text
+    assert "Checkpoints: 1, the last `artifacts/train_showcase/step_000200.pt`" in text
     assert "not who wrote it" in text
 
 
@@ -99,7 +101,7 @@ def _link(run: Run, path: Path) -> None:
 
 
 def _renamed(run: Run, path: Path) -> None:
-    path.rename(path.with_name("@everyone`.tar.gz"))
+    path.rename(path.with_name("@everyone`\n::error::x.tar.gz"))
 
 
 def _digits(run: Run, path: Path) -> None:
@@ -149,13 +151,14 @@ def _nested(run: Run, path: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_hostile_bundle_is_refused_with_its_reason(run, forge: Callable[[Run, Path], None], says: str):
+def test_a_hostile_bundle_is_refused_with_its_reason(run, capsys, forge: Callable[[Run, Path], None], says: str):
     forge(run, pack(run))
     code, text = publish_(run)
     assert code == 1
     assert "✅" not in text
     assert re.search(rf"❌ \*\*Refused\*\*: `[^`]+`: `[^`]*{re.escape(says)}", text), text
     assert not list(run.root.rglob("escaped.txt"))
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("::")]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +220,8 @@ def hostile_run(run: Run) -> None:
     env = json.loads((run.artifacts / "env.json").read_text())
     env |= {"python": HOSTILE, "gpus": [{"name": HOSTILE}], "versions": {"torch": HOSTILE}}
     run.write("env.json", json.dumps(env))
+    run.write("@everyone [a](evil.example) `x` | <b>/training.csv", "step,loss,lr,toks_per_s\n1,2,3,4\n")
+    run.write("train_showcase/zz @everyone <img>.pt", "weights")
     run.record("maths", exit_code=1)
     run.record("kernels", exit_code=None, note=HOSTILE)
     run.judge()
@@ -228,13 +233,13 @@ def test_markup_in_a_bundle_reaches_the_comment_only_inside_code_spans(run):
     pack(run)
     code, text = publish_(run)
     assert code == 0
-    assert text.count("everyone") == 5, "the reasons of two steps, Python, GPU and torch; nothing of summary.md"
+    assert text.count("everyone") == 7, "two reasons, Python, GPU, torch, a figure, a checkpoint; nothing of summary.md"
     outside = re.sub(r"`[^`\n]*`", "", text)
     for part in ("@", "evil", "<img", "](", "#1", "\u202e", "\x1b", "$x"):
         assert part not in outside, part
     assert all(character.isprintable() for character in text.replace("\n", ""))
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {row.count("|") for row in rows} == {8}
+    assert {row.count("|") for row in rows} == {4, 8}
 
 
 @pytest.mark.parametrize(
@@ -286,12 +291,12 @@ def test_usage_is_refused(run, capsys):
     assert "does not match" in capsys.readouterr().err
 
 
-def test_it_needs_neither_torch_nor_yaml():
-    """The publishing job installs requirements-publish.txt alone."""
+@pytest.mark.parametrize(("module", "says"), [("publish", "the commit they must be of"), ("changes", "earlier run")])
+def test_requirements_host_suffices(module, says):
     hidden = "import sys; sys.modules.update(dict.fromkeys(('torch', 'yaml', 'matplotlib', 'jinja2', 'numpy'), None)); "
-    code = hidden + "import runpy; sys.argv = ['x', '--help']; runpy.run_module('ci.publish', run_name='__main__')"
+    code = hidden + f"import runpy; sys.argv = ['x', '--help']; runpy.run_module('ci.{module}', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, "the commit they must be of" in done.stdout) == (0, True), done.stderr
+    assert (done.returncode, says in done.stdout) == (0, True), done.stderr
 
 
 def test_gzip_of_anything_else_is_refused(run):
