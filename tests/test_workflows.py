@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ SWALLOWED = re.compile(r"\|\|\s*(true\b|:|exit 0)|;\s*true\b|set \+e|set \+o (er
 PIN = re.compile(r"^\s*(?:- )?uses: [\w.-]+/[\w./-]+@([0-9a-f]{40}) # (v\d+\.\d+\.\d+)$")
 SESSION = re.compile(r"ci/nox -s ([\w ]+?)(?: --|$)", re.M)
 
+parsed = functools.cache(workflow.parse)  # nothing here changes what it gets
 Files = dict[str, str]
 Found = Iterator[str]
 
@@ -33,7 +35,7 @@ def triggers(data: dict[str, Any]) -> set[str]:
 
 def jobs(files: Files) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, text in files.items():
-        for job, body in workflow.parse(text)["jobs"].items():
+        for job, body in parsed(text)["jobs"].items():
             yield name, job, body
 
 
@@ -63,7 +65,7 @@ def needed(data: dict[str, Any], job: str) -> set[str]:
 
 def nothing_is_permitted_by_default(files: Files) -> Found:
     for name, text in files.items():
-        if workflow.parse(text).get("permissions") != {}:
+        if parsed(text).get("permissions") != {}:
             yield f"{name}: top-level permissions are not {{}}"
     for name, job, body in jobs(files):
         if not isinstance(body.get("permissions"), dict):
@@ -78,7 +80,7 @@ def every_job_ends(files: Files) -> Found:
 
 def bash_fails_on_a_broken_pipe(files: Files) -> Found:
     for name, text in files.items():
-        if workflow.parse(text).get("defaults") != {"run": {"shell": "bash"}}:
+        if parsed(text).get("defaults") != {"run": {"shell": "bash"}}:
             yield f"{name}: defaults.run.shell is not bash, which brings pipefail"
     for where, _, step in steps(files):
         if "shell" in step:
@@ -87,7 +89,7 @@ def bash_fails_on_a_broken_pipe(files: Files) -> Found:
 
 def runs_do_not_pile_up(files: Files) -> Found:
     for name, text in files.items():
-        group = workflow.parse(text).get("concurrency", {})
+        group = parsed(text).get("concurrency", {})
         if not {"group", "cancel-in-progress"} <= set(group):
             yield f"{name}: no concurrency group"
 
@@ -126,7 +128,7 @@ def nothing_is_pasted_into_a_script(files: Files) -> Found:
 
 
 def strangers_reach_no_machine_of_ours(files: Files) -> Found:
-    reached = {name: triggers(workflow.parse(text)) for name, text in files.items()}
+    reached = {name: triggers(parsed(text)) for name, text in files.items()}
     for name, _, body in jobs(files):
         if called := re.fullmatch(r"\./\.github/workflows/(.*)", body.get("uses", "")):
             reached[called[1]] |= reached[name]
@@ -159,7 +161,7 @@ def junit_and_bundle_are_uploaded(files: Files) -> Found:
 
 def every_job_reaches_the_gate(files: Files) -> Found:
     for name, gate in GATES.items():
-        data = workflow.parse(files[name])
+        data = parsed(files[name])
         after = {job for job in data["jobs"] if gate in needed(data, job)}
         for job in data["jobs"].keys() - needed(data, gate) - after - {gate}:
             yield f"{name}, {job}: {gate} does not wait for it"
@@ -172,7 +174,7 @@ def every_job_reaches_the_gate(files: Files) -> Found:
 
 def a_gate_counts_success_alone(files: Files) -> Found:
     for name, gate in GATES.items():
-        (step,) = workflow.parse(files[name])["jobs"][gate]["steps"]
+        (step,) = parsed(files[name])["jobs"][gate]["steps"]
         if step["env"]["RESULTS"] != "${{ join(needs.*.result, ' ') }}":
             yield f"{name}, {gate}: does not see the results"
         for results, passes in (
@@ -190,7 +192,7 @@ def a_gate_counts_success_alone(files: Files) -> Found:
 
 
 def nothing_in_ci_is_skipped_by_a_condition(files: Files) -> Found:
-    for job, body in workflow.parse(files["ci.yml"])["jobs"].items():
+    for job, body in parsed(files["ci.yml"])["jobs"].items():
         if "if" in body and job != GATES["ci.yml"]:
             yield f"ci.yml, {job}: has a condition"
 
@@ -212,7 +214,7 @@ def steps_are_thin(files: Files) -> Found:
 
 def expressions_name_what_exists(files: Files) -> Found:
     for name, text in files.items():
-        data = workflow.parse(text)
+        data = parsed(text)
         events = [event for event in data["on"].values() if isinstance(event, dict)]
         inputs = {key for event in events for key in event.get("inputs", {})}
         for job, body in data["jobs"].items():
@@ -239,7 +241,7 @@ def no_secret_is_handed_over(files: Files) -> Found:
 
 def a_right_to_write_stands_alone(files: Files) -> Found:
     """After a stranger's run, the job that may write installs nothing and takes no code but the base branch's."""
-    served = {name: text for name, text in files.items() if "workflow_run" in triggers(workflow.parse(text))}
+    served = {name: text for name, text in files.items() if "workflow_run" in triggers(parsed(text))}
     for where, _, step in uses(served, "actions/checkout"):
         if step["with"].get("ref") != "${{ github.event.repository.default_branch }}":
             yield f"{where}: checks out something else than the base branch"
@@ -252,7 +254,7 @@ def a_right_to_write_stands_alone(files: Files) -> Found:
 
 def both_base_branches_are_served(files: Files) -> Found:
     for name, text in files.items():
-        push = workflow.parse(text)["on"].get("push")
+        push = parsed(text)["on"].get("push")
         if push is not None and push.get("branches") != ["main", "master"]:
             yield f"{name}: push is not for main and master"
 
@@ -364,7 +366,7 @@ def test_gpu_runs_on_each_machine_that_the_runbook_names():
     assert job["runs-on"] == ["self-hosted", "linux", "x64", "gpu", "${{ matrix.profile }}"]
     profiles = set(re.findall(r"\w+", job["strategy"]["matrix"]["profile"].split("||")[-1]))
     assert profiles == set(runbook.load().profiles) - {"cpu", "gpu"}
-    offered = workflow.parse(FILES[GPU])["on"]["workflow_dispatch"]["inputs"]["profile"]["options"]
+    offered = parsed(FILES[GPU])["on"]["workflow_dispatch"]["inputs"]["profile"]["options"]
     assert set(offered) - {"all"} == profiles
 
 
@@ -372,7 +374,7 @@ def test_the_local_gate_can_run_every_job_of_ci():
     assert ".venv/bin/python -m ci workflow .github/workflows/ci.yml\n" in (ROOT / ".ci/run").read_text()
     pythons = {p for _, _, body in jobs(FILES) for p in body.get("strategy", {}).get("matrix", {}).get("python", [])}
     assert workflow.PYTHON in pythons
-    assert workflow.check(ROOT / ".github/workflows" / CI, ROOT) == list(workflow.parse(FILES[CI])["jobs"])
+    assert workflow.check(ROOT / ".github/workflows" / CI, ROOT) == list(parsed(FILES[CI])["jobs"])
 
 
 def test_the_noxfile_is_read_as_it_is():
