@@ -183,19 +183,19 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _workflow(args: argparse.Namespace) -> int:
-    from ci import workflow  # late: the rest of the harness needs no YAML
+    from ci import workflow_run  # late: the rest of the harness needs no YAML
 
     try:
         with execute.stoppable():
             say = functools.partial(print, flush=True)
-            results = workflow.run(args.file, ROOT, jobs=args.job, choices=dict(args.matrix), say=say)
-    except workflow.WorkflowError as error:
+            results = workflow_run.run(args.file, ROOT, jobs=args.job, choices=dict(args.matrix), say=say)
+    except workflow_run.WorkflowError as error:
         print(f"ci: {error}", file=sys.stderr)
         return outcome.CONFIGURATION
     except execute.Stopped as stop:
         print(f"ci: {stop}: the running step was ended", file=sys.stderr)
         return stop.code
-    print(f"\n{workflow.report(results)}")
+    print(f"\n{workflow_run.report(results)}")
     return outcome.TEST_FAILED if any(job.result in ("failure", "cancelled") for job in results) else outcome.READY
 
 

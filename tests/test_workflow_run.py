@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ci import expressions, workflow
+from ci import expressions, workflow_run
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """
@@ -31,18 +31,18 @@ CONTEXT = {
 
 def flow(
     tmp_path: Path, jobs: str, *, wanted: list[str] | None = None, **choices: str
-) -> dict[str, workflow.JobResult]:
+) -> dict[str, workflow_run.JobResult]:
     """The jobs' results by id; what was said goes to said.txt."""
     path = tmp_path / "planted.yml"
     path.write_text(HEAD + textwrap.indent(textwrap.dedent(jobs), "  "))
     with (tmp_path / "said.txt").open("w") as said:
-        done = workflow.run(
+        done = workflow_run.run(
             path, tmp_path, jobs=wanted or [], choices=choices, say=lambda line: print(line, file=said, flush=True)
         )
     return {job.id: job for job in done}
 
 
-def outcomes(job: workflow.JobResult) -> list[str]:
+def outcomes(job: workflow_run.JobResult) -> list[str]:
     return [step.outcome for step in job.steps]
 
 
@@ -133,11 +133,11 @@ def test_of_a_matrix_the_entry_of_this_python_runs(tmp_path, capfd):
       strategy: {matrix: {python: ["3.1", "%s"], os: [a]}}
       steps: [{run: "echo ${{ matrix.python }}-${{ matrix.os }}"}]
     """
-    done = flow(tmp_path, jobs % workflow.PYTHON)
-    assert done["first"].name == f"on {workflow.PYTHON}"
+    done = flow(tmp_path, jobs % workflow_run.PYTHON)
+    assert done["first"].name == f"on {workflow_run.PYTHON}"
     assert flow(tmp_path, jobs % "3.99", python="3.1")["first"].result == "success"
-    assert capfd.readouterr().out == f"{workflow.PYTHON}-a\n3.1-a\n"
-    with pytest.raises(workflow.WorkflowError, match=r"job first: 0 matrix entries fit python="):
+    assert capfd.readouterr().out == f"{workflow_run.PYTHON}-a\n3.1-a\n"
+    with pytest.raises(workflow_run.WorkflowError, match=r"job first: 0 matrix entries fit python="):
         flow(tmp_path, jobs % "3.99")
 
 
@@ -185,16 +185,21 @@ def test_a_summary_that_github_would_drop_fails_its_step(tmp_path):
         ("a: {timeout-minutes: 1, steps: [{run: 'echo ${{ secrets.TOKEN }}'}]}", "needs secrets, unknown here"),
         ("a: {timeout-minutes: 1, steps: [{run: \"echo ${{ hashFiles('x') }} ${{ 1 = 1 }}\"}]}", "unreadable at"),
         ("a: {timeout-minutes: 1, steps: [{run: ls, shell: python}]}", "shell is not bash"),
-        ("a: {timeout-minutes: 1, steps: [{run: ls, continue-on-error: true}]}", "continue-on-error hides failures"),
+        (
+            "a: {timeout-minutes: 1, steps: [{run: ls, continue-on-error: true}]}",
+            "continue-on-error has no meaning",
+        ),
         ("a: {timeout-minutes: 1, needs: b, steps: []}", "circular or name no job"),
         ("a: {uses: ./.github/workflows/b.yml}", "calls another workflow"),
         ("a: {timeout-minutes: 1, strategy: {matrix: {a: [1], include: [{b: 1}]}}, steps: []}", "a matrix is here"),
+        ("a: {timeout-minutes: 1, container: debian, steps: []}", "job a: container has no meaning here"),
+        ("a: {timeout-minutes: 1, outputs: {x: y}, steps: []}", "job a: outputs has no meaning here"),
         ("a: [", "unreadable"),
     ],
 )
 def test_what_cannot_be_run_faithfully_is_refused_before_anything_runs(tmp_path, jobs, says):
     first = "first: {timeout-minutes: 1, steps: [{run: touch started}]}\n"
-    with pytest.raises(workflow.WorkflowError, match=says):
+    with pytest.raises(workflow_run.WorkflowError, match=says):
         flow(tmp_path, first + jobs)
     assert not (tmp_path / "started").exists()
 
@@ -254,3 +259,18 @@ def test_a_condition_without_a_status_function_means_success_too():
     failed = {"success": lambda: False, "failure": lambda: True, "always": lambda: True, "cancelled": lambda: False}
     assert not expressions.holds("${{ github.sha == 'abc' }}", CONTEXT, failed)
     assert expressions.holds("failure() && github.sha == 'abc'", CONTEXT, failed)
+
+
+def test_sigterm_ends_the_running_step_with_all_its_processes(tmp_path):
+    planted = tmp_path / "w.yml"
+    script = f"sleep 300 & echo $! > {tmp_path}/child; touch {tmp_path}/started; wait"
+    planted.write_text(f'{HEAD}  a: {{timeout-minutes: 5, steps: [{{run: "{script}"}}]}}\n')
+    process = subprocess.Popen([sys.executable, "-m", "ci", "workflow", str(planted)], cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate(timeout=90)
+    assert (process.returncode, said) == (143, b"ci: SIGTERM: the running step was ended\n")
+    child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    assert not child.exists() or child.read_text().rsplit(")", 1)[1].split()[0] == "Z"

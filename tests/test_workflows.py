@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ci import expressions, runbook, workflow
+from ci import expressions, runbook, workflow, workflow_run
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.name: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
@@ -185,7 +185,7 @@ def a_gate_counts_success_alone(files: Files) -> Found:
             ("", False),
         ):
             done = subprocess.run(
-                [*workflow.BASH, "-c", step["run"]], env={"RESULTS": results, "NEEDS": "{}"}, capture_output=True
+                [*workflow_run.BASH, "-c", step["run"]], env={"RESULTS": results, "NEEDS": "{}"}, capture_output=True
             )
             if (done.returncode == 0) != passes:
                 yield f"{name}, {gate}: {results!r} gives {done.returncode}"
@@ -373,8 +373,8 @@ def test_gpu_runs_on_each_machine_that_the_runbook_names():
 def test_the_local_gate_can_run_every_job_of_ci():
     assert ".venv/bin/python -m ci workflow .github/workflows/ci.yml\n" in (ROOT / ".ci/run").read_text()
     pythons = {p for _, _, body in jobs(FILES) for p in body.get("strategy", {}).get("matrix", {}).get("python", [])}
-    assert workflow.PYTHON in pythons
-    assert workflow.check(ROOT / ".github/workflows" / CI, ROOT) == list(parsed(FILES[CI])["jobs"])
+    assert workflow_run.PYTHON in pythons
+    assert workflow_run.check(ROOT / ".github/workflows" / CI, ROOT) == list(parsed(FILES[CI])["jobs"])
 
 
 def test_the_noxfile_is_read_as_it_is():
