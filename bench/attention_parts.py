@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.attention_inputs import QKV
 from nsa import routing
 from nsa.config import NSAConfig
-from nsa.ops.combine import apply_gate, combine, gates
+from nsa.ops.combine import combine
 from nsa.ops.compress import MeanPhi, compress
 from nsa.ops.compressed import compressed_attention
 from nsa.ops.selected import selected_attention
@@ -61,34 +61,28 @@ class Sparse:
     def compress(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return compress(k, self.phi, self.cfg), compress(v, self.phi, self.cfg)
 
-    def cmp(
-        self, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, gate: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def cmp(self, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = self.backends.get("compressed")
-        return compressed_attention(q, k_cmp, v_cmp, self.cfg, seq_len=self.S, gate=gate, backend=chosen)
+        return compressed_attention(q, k_cmp, v_cmp, self.cfg, seq_len=self.S, backend=chosen)
 
     def choose(self, q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         return select_blocks(q, k_cmp, lse, self.cfg, seq_len=self.S, backend=self.backends.get("selection"))
 
-    def sel(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, gate: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return selected_attention(q, k, v, blocks, self.cfg, gate=gate, backend=self.backends.get("selected"))
+    def sel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        return selected_attention(q, k, v, blocks, self.cfg, backend=self.backends.get("selected"))
 
-    def win(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        return sliding_window_attention(q, k, v, self.cfg, gate=gate, backend=self.backends.get("window"))
+    def win(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return sliding_window_attention(q, k, v, self.cfg, backend=self.backends.get("window"))
 
     def combine(self, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        gate = gates(logits, self.cfg).unbind(-1)
-        return combine(*(apply_gate(out, g) for out, g in zip((cmp, sel, win), gate, strict=True)))
+        return combine(cmp, sel, win, logits, self.cfg, backend=self.backends.get("combine"))
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """What a layer does between its projections, the rotation left out: q, k, v and gate logits -> [1,S,H,D]."""
-        g_cmp, g_sel, g_win = gates(logits, self.cfg).unbind(-1)
         k_cmp, v_cmp = self.compress(k, v)
-        cmp, lse = self.cmp(q, k_cmp, v_cmp, g_cmp)
-        sel = self.sel(q, k, v, self.choose(q, k_cmp, lse), g_sel)
-        return combine(cmp, sel, self.win(q, k, v, g_win))
+        cmp, lse = self.cmp(q, k_cmp, v_cmp)
+        sel = self.sel(q, k, v, self.choose(q, k_cmp, lse))
+        return self.combine(cmp, sel, self.win(q, k, v), logits)
 
     def part(self, name: str) -> Part:
         """One of NSA_PARTS, or the whole."""
@@ -161,10 +155,10 @@ class _FlashAttention3(torch.autograd.Function):
 def triton_backends(inputs: QKV) -> tuple[dict[str, str], list[str]]:
     """Triton by name for the ops that have it, proven on this card or not; and why not where it cannot run."""
     found, reasons = {}, []
-    for op in ("selection", "selected"):
-        tensors = inputs[:2] if op == "selection" else inputs
+    for op in ("selection", "selected", "combine"):
+        tensors = {"selection": inputs[:2], "combine": inputs[:1]}.get(op, inputs)
         try:
-            found[op] = routing.choose(op, *tensors, backend="triton", training=op == "selected").backend
+            found[op] = routing.choose(op, *tensors, backend="triton", training=op != "selection").backend
         except routing.Unsupported as error:
             reasons.append(str(error))
     return found, reasons

@@ -10,7 +10,7 @@ from torch import nn
 from nsa.blocks import n_compressed
 from nsa.cache import LayerCache
 from nsa.config import ModelConfig
-from nsa.ops.combine import combine, gates
+from nsa.ops.combine import combine
 from nsa.ops.compress import compress, make_phi
 from nsa.ops.compressed import compressed_attention
 from nsa.ops.selected import selected_attention
@@ -107,12 +107,12 @@ class NativeSparseAttention(nn.Module):
             k_win, v_win = cache.win.append(k_win, v_win)
             cache.length = S
 
-        g_cmp, g_sel, g_win = gates(self.gate_proj(x).view(B, T, cfg.n_heads, 3), nsa).unbind(-1)
-        cmp, lse = compressed_attention(q, k_cmp, v_cmp, nsa, seq_len=S, gate=g_cmp, reads=reads[0])
+        cmp, lse = compressed_attention(q, k_cmp, v_cmp, nsa, seq_len=S, reads=reads[0])
         blocks = select_blocks(q, k_cmp, lse, nsa, seq_len=S)
-        sel = selected_attention(q, k_sel, v_sel, blocks, nsa, seq_len=S, gate=g_sel, reads=reads[1])
-        win = sliding_window_attention(q, k_win, v_win, nsa, seq_len=S, gate=g_win, reads=reads[2])
-        return self.o_proj(combine(cmp, sel, win).flatten(2))
+        sel = selected_attention(q, k_sel, v_sel, blocks, nsa, seq_len=S, reads=reads[1])
+        win = sliding_window_attention(q, k_win, v_win, nsa, seq_len=S, reads=reads[2])
+        logits = self.gate_proj(x).view(B, T, cfg.n_heads, 3)
+        return self.o_proj(combine(cmp, sel, win, logits, nsa).flatten(2))
 
     def _branches(self, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
         """[B,T,branches*G*D] -> the K or V of cmp, sel, win, each [B,T,G,D]."""

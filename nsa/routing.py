@@ -24,12 +24,15 @@ PREFERENCES: dict[str, tuple[str, ...]] = {
     "selection": ("triton", "torch", "reference"),
     "selected": ("triton", "torch", "reference"),
     "window": ("flash", "sdpa", "reference"),
+    "combine": ("triton", "reference"),
 }
 BACKENDS = ("reference", "torch", "sdpa", "flash", "cudnn", "triton")
 
 # Cards (90 for sm_90) on which stage 2 passed with these very kernels. Elsewhere they run when asked for, by name or by
-# NSA_USE_TRITON_SEL=1: compiling, and agreeing in the interpreter, is not a proof.
-TRITON_PROVEN: dict[str, frozenset[int]] = {"selection": frozenset(), "selected": frozenset()}
+# their flag: compiling, and agreeing in the interpreter, is not a proof.
+TRITON_PROVEN: dict[str, frozenset[int]] = {"selection": frozenset(), "selected": frozenset(), "combine": frozenset()}
+# The ops whose Triton kernels NSA_USE_TRITON_SEL is about.
+_TRITON_SEL = ("selection", "selected")
 
 # FA-2 is built for sm_80 on. cuDNN's attention was measured, and found ahead of FA-2, on sm_90 with torch 2.11.
 _OLDEST_SM = {"flash": (8, 0), "cudnn": (9, 0)}
@@ -105,7 +108,7 @@ def is_sm89() -> bool:
 
 def _policy(op: str, backend: str, training: bool) -> list[str]:
     f = flags()
-    if backend == "triton" and op in ("selected", "selection"):
+    if backend == "triton" and op in _TRITON_SEL:
         if f.use_triton_sel is False:
             return ["NSA_USE_TRITON_SEL=0"]
         if is_sm89() and not (f.use_triton_sel and f.triton_sel_force):
@@ -119,12 +122,14 @@ def _policy(op: str, backend: str, training: bool) -> list[str]:
 
 def _unproven(op: str, backend: str) -> list[str]:
     """The reason not to take a Triton kernel unasked on this card."""
-    if backend != "triton" or flags().use_triton_sel or not torch.cuda.is_available():
+    flagged = op in _TRITON_SEL
+    if backend != "triton" or (flagged and flags().use_triton_sel) or not torch.cuda.is_available():
         return []
     major, minor = torch.cuda.get_device_capability()
     if major * 10 + minor in TRITON_PROVEN[op]:
         return []
-    return [f"not proven on sm_{major}{minor} yet: NSA_USE_TRITON_SEL=1 asks for it"]
+    asks = "NSA_USE_TRITON_SEL=1" if flagged else "backend='triton'"
+    return [f"not proven on sm_{major}{minor} yet: {asks} asks for it"]
 
 
 @cache
@@ -196,7 +201,7 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training
 
 def _warn_if_asked_in_vain(op: str, backend: str, rejected: dict[str, list[str]]) -> None:
     f = flags()
-    for name, asked in (("triton", f.use_triton_sel), ("flash", f.use_fa2)):
+    for name, asked in (("triton", op in _TRITON_SEL and f.use_triton_sel), ("flash", f.use_fa2)):
         if asked and name in rejected:
             _warn_once(f"{op}: {name} was asked for but {'; '.join(rejected[name])}; running {backend}")
 

@@ -65,7 +65,11 @@ def launches(case: Case, sm: int) -> list[Launch]:
     G, H = 2, 2 * case.R
     q, k, lse = tensor(1, case.T, H, case.D), tensor(1, case.S, G, case.D), tensor(1, case.T, H, dtype=torch.float32)
     blocks = tensor(1, case.T, G, 16, dtype=torch.int32)
-    modules = {op: importlib.import_module(f"nsa.kernels.{op}") for op in ("selection", "selected") if has_kernel(op)}
+    modules = {
+        op: importlib.import_module(f"nsa.kernels.{op}")
+        for op in ("selection", "selected", "combine")
+        if has_kernel(op)
+    }
     with recorded(sm) as recording:
         if "selection" in modules:
             pattern = {"l": 32, "d": 16, "l_sel": 64, "n_sel": 16, "init_blocks": 1, "local_blocks": 2}
@@ -75,6 +79,11 @@ def launches(case: Case, sm: int) -> list[Launch]:
             modules["selected"].forward(q, k, k, blocks, 64, case.S, False)
             if case.T == case.S:
                 modules["selected"].backward(q, q, k, k, blocks, q, lse, 64, case.S)
+        if "combine" in modules:
+            logits = tensor(1, case.T, H, 3)
+            modules["combine"].forward(q, q, q, logits, False)
+            if case.T == case.S:
+                modules["combine"].backward(q, q, q, q, logits, False)
     return recording.launches
 
 

@@ -107,7 +107,7 @@ def test_launches_tell_which_backend_ran(flags):
 def test_the_snapshot_names_each_route_and_its_reasons(flags):
     flags(NSA_USE_TRITON_SEL="0", NSA_USE_FA2="0")
     routes = routing.snapshot()["routes"]
-    assert set(routes) == {"compressed", "selection", "selected", "window"}
+    assert set(routes) == {"compressed", "selection", "selected", "window", "combine"}
     for row in routes.values():
         for mode in ("forward", "training"):
             assert row[mode]["backend"] in routing.BACKENDS
