@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -389,3 +390,59 @@ def test_codeowners_names_what_exists():
             assert (ROOT / path.strip("/")).exists() or path == "/docker/", path
             assert owners
             assert all(owner.startswith("@") for owner in owners)
+
+
+def script_of(name: str, job: str, step: str) -> str:
+    (script,) = (s["run"] for s in parsed(FILES[name])["jobs"][job]["steps"] if s["name"] == step)
+    return script
+
+
+SHA = "a" * 40
+
+
+@pytest.mark.parametrize(
+    ("ref", "event", "sha", "code"),
+    [
+        ("refs/heads/main", "push", SHA, 0),
+        ("refs/heads/master", "workflow_dispatch", SHA, 0),
+        ("refs/heads/main", "schedule", SHA, 0),
+        ("refs/heads/topic", "workflow_dispatch", SHA, 1),
+        ("refs/pull/7/merge", "pull_request", SHA, 1),
+        ("refs/heads/main", "pull_request_target", SHA, 1),
+        ("refs/heads/main", "workflow_dispatch", "abc1234", 1),
+        ("refs/heads/main", "workflow_dispatch", f"{SHA}; id", 1),
+        ("refs/heads/main/../x", "push", SHA, 1),
+    ],
+)
+def test_only_vetted_commits_reach_a_gpu(tmp_path, ref, event, sha, code):
+    output = tmp_path / "output"
+    output.touch()
+    environment = {"GITHUB_REF": ref, "GITHUB_EVENT_NAME": event, "SHA": sha, "GITHUB_OUTPUT": str(output)}
+    script = script_of(GPU, "vetted", "from the base branch, a whole sha")
+    done = subprocess.run([*workflow_run.BASH, "-c", script], env=environment, capture_output=True)
+    assert (done.returncode, output.read_text()) == (code, "" if code else f"sha={sha}\n"), done.stdout
+
+
+@pytest.mark.parametrize(("title", "head"), [("", "b" * 40), (f"gpu {SHA}", SHA)])
+def test_the_comment_is_about_the_commit_that_github_names(tmp_path, title, head):
+    (tmp_path / "ci").mkdir()
+    stub = tmp_path / "ci/nox"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "TITLE": title,
+        "HEAD": "b" * 40,
+        "INCOMING": str(tmp_path / "incoming"),
+        "RUN": "1.1",
+        "WORKFLOW": "ci",
+        "PROFILES": "cpu",
+    }
+    script = script_of(PUBLISH, "verify", "check, and render")
+    done = subprocess.run(
+        [*workflow_run.BASH, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    given = done.stdout.splitlines()
+    assert given[given.index("--head") + 1] == head
+    assert given[given.index("--") + 1] == str(tmp_path / "incoming")
