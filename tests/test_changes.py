@@ -64,6 +64,8 @@ def test_a_result_that_went_silent_is_a_new_failure(run, tmp_path):
     one = night(run, tmp_path / "one", "bundle-a100-1")
     code, text = call(both, one)
     assert (code, "- `bundle-rtx4090`: `left no result, and did the night before`" in text) == (1, True)
+    failing = night(run, tmp_path / "failing", "bundle-a100-1", "bundle-rtx4090-1", failing=True)
+    assert call(failing, one)[1].startswith("## 1 new, 0 known, 1 fixed\n"), "a failure that went silent is not fixed"
 
 
 def test_a_forged_bundle_is_a_failure(run, tmp_path):

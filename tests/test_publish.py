@@ -111,6 +111,13 @@ def _digits(run: Run, path: Path) -> None:
     forgery.pack(forgery.resign(files), path)
 
 
+def _digits_in_the_manifest(run: Run, path: Path) -> None:
+    files = forgery.members(path)
+    name = next(name for name in files if name.endswith("/manifest.json"))
+    files[name] = b'{"schema": ' + b"1" * 6000 + b"}"
+    forgery.pack(files, path)
+
+
 def _entities(run: Run, path: Path) -> None:
     files = forgery.members(path)
     name = next(name for name in files if name.endswith("correct.maths.xml"))
@@ -145,6 +152,7 @@ def _nested(run: Run, path: Path) -> None:
         (_link, "not a plain file"),
         (_renamed, "its name is not a bundle's"),
         (_digits, "artifacts/exit.json: unreadable"),
+        (_digits_in_the_manifest, "manifest.json: not "),
         (_entities, "declares entities"),
         (_half_junit, "maths.verdict is 'PASSED', the raw records give 'MISSING'"),
         (_nested, "artifacts/env.json: unreadable"),
