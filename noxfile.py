@@ -111,6 +111,15 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="virtualenv", reuse_venv=True)
+def tests_pinned(session: nox.Session) -> None:
+    """The CPU-safe tests on the GPU lane's torch 2.4.1 and Triton 3.0.0, really installed: several GB, so nightly."""
+    hashed = sys.version_info[:2] == (3, 11)  # the Python of the lock
+    pins = ["--require-hashes", "-r", "docker/lock-gpu.txt"] if hashed else ["-r", "requirements-gpu-cu121-torch24.txt"]
+    session.install("-q", *pins)
+    session.run("python", "-m", "ci.pinned", *session.posargs)
+
+
+@nox.session(venv_backend="virtualenv", reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Every static check, offline: Python, workflows, YAML, shell scripts, Dockerfiles."""
     session.install("-q", "-r", "requirements-lint.txt")

@@ -1,7 +1,5 @@
 """The gated sum of the branches (Eq. 5)."""
 
-from __future__ import annotations
-
 import torch
 
 from nsa import routing

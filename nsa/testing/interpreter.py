@@ -31,6 +31,8 @@ def install() -> None:
         builder.get_bf16 = lambda self, value: _narrow(
             interpreter.TensorHandle(np.array([value], np.float32), _types().float32), interpreter.TensorHandle
         )
+    _keep_width(interpreter)
+    _heed_false_masks()
     _index_by_one_element(interpreter)
     _read_postponed_annotations(interpreter.GridExecutor)
 
@@ -105,6 +107,37 @@ def _cast(stock: Callable[..., Any], handle: Any, np_dtype: Callable[[Any], Any]
         return handle(wide.data.astype(np_dtype(to)), target)
 
     return cast
+
+
+def _keep_width(interpreter: Any) -> None:
+    """int32 sums and scans: NumPy widens them to int64, and Triton 3.0 stores them so, over what lies behind."""
+    for reduction in (interpreter.ReduceOps, interpreter.ScanOps):
+        reduction.to_tensor = _narrowed(reduction.to_tensor, interpreter._get_np_dtype)
+
+
+def _narrowed(stock: Callable[..., Any], np_dtype: Callable[[Any], Any]) -> Callable[..., Any]:
+    def to_tensor(self: Any, result: Any, dtype: Any) -> Any:
+        return stock(self, result.astype(np_dtype(dtype)) if hasattr(result, "astype") else result, dtype)
+
+    return to_tensor
+
+
+def _heed_false_masks() -> None:
+    """Triton 3.0 takes a mask for absent if `not mask`, which is a scalar one's value here: it wrote regardless."""
+    from triton.language import core, semantic
+
+    present: Any = type("Present", (core.tensor,), {"__bool__": lambda self: True})
+
+    def heeding(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def call(ptr: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            given = mask if mask is None else present(mask.handle, mask.type)
+            return stock(ptr, value, given, *rest)
+
+        return call
+
+    for name in ("_store_legacy", "atom_red_typechecking_impl"):
+        if hasattr(semantic, name):  # later versions ask `mask is None`, in methods
+            setattr(semantic, name, heeding(getattr(semantic, name)))
 
 
 def _index_by_one_element(interpreter: Any) -> None:
