@@ -86,7 +86,7 @@ def errors(
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     own = torch.arange(S - shape[1], S)[:, None, None] // cfg.l_sel
     legal = blocks.masked_fill((blocks < 0) | (blocks > own), -1)
-    want = selected_attention_reference(*leaves, legal, cfg, seq_len=S)
+    want = selected_attention_reference(leaves[0], leaves[1], leaves[2], legal, cfg, seq_len=S)
     wanted = (want.detach(), *torch.autograd.grad(want, leaves, dout.double()))
     tail = torch.arange(S - shape[1], S)[:, None, None] % cfg.l_sel + 1
     tokens = torch.where(legal == own, tail, cfg.l_sel) * (legal >= 0)
