@@ -145,7 +145,11 @@ def arguments(request: Request, image: Image) -> dict[str, Any]:
     given: dict[str, Any] = {
         "image": image.id,
         "command": request.command,
-        "labels": {RUN: "yes", OWNER: _owner(os.getpid()), DEADLINE: _deadline(request)},
+        "labels": {
+            RUN: environment.get("NSA_CI_RUN_ID", "unnamed"),
+            OWNER: _owner(os.getpid()),
+            DEADLINE: str(int(time.time() + request.timeout + GRACE_S + 300)),
+        },
         "network_mode": request.network,
         "read_only": True,
         "tmpfs": {"/tmp": "exec,mode=1777"},
@@ -329,10 +333,6 @@ def _devices(gpus: str) -> DeviceRequest:
     if gpus == "all":
         return DeviceRequest(count=-1, capabilities=[["gpu"]])
     return DeviceRequest(device_ids=gpus.split(","), capabilities=[["gpu"]])
-
-
-def _deadline(request: Request) -> str:
-    return str(int(time.time() + request.timeout + GRACE_S + 300))
 
 
 def _owner(pid: int) -> str:

@@ -44,6 +44,7 @@ PIP_KEYS = (
     "retries",
     "proxy",
 )
+FALLBACK = Path("/usr/bin")  # the distribution's client, where another one comes first on PATH
 TAIL_LINES = 25
 
 
@@ -119,7 +120,7 @@ def ensure(client: DockerClient, root: Path, wanted: Plan, say: Callable[[str], 
 def builder() -> tuple[list[str], dict[str, str]]:
     """A docker CLI that speaks BuildKit, and what it needs in its environment; EngineError if there is none."""
     seen = []
-    for folder in [*os.environ.get("PATH", os.defpath).split(os.pathsep), "/usr/bin"]:
+    for folder in [*os.environ.get("PATH", os.defpath).split(os.pathsep), str(FALLBACK)]:
         cli = Path(folder, "docker")
         if not os.access(cli, os.X_OK) or str(cli) in seen:
             continue

@@ -196,7 +196,12 @@ def publish(root: Path) -> str:
     if not named or target.resolve() == (root / "artifacts").resolve():
         return ""
     try:
-        shutil.copytree(root / "artifacts", target, dirs_exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        for each in (root / "artifacts").iterdir():  # a mount's own folder may be writable without being this user's
+            if each.is_dir():
+                shutil.copytree(each, target / each.name, dirs_exist_ok=True)
+            else:
+                shutil.copy2(each, target)
         for packed in sorted((root / "dist").glob("nsa-readiness-*.tar.gz")):
             shutil.copy2(packed, target)
     except (OSError, shutil.Error) as error:
