@@ -14,21 +14,27 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa.kernels.primitives import popcount, visible
+from nsa.kernels.primitives import far, popcount, visible
 
 _WORD = 32
 
 
 @triton.jit
+def _listed(block, t, L: tl.constexpr, FAR: tl.constexpr):
+    return far(block, t, L) if FAR else visible(block, t, L)
+
+
+@triton.jit
 def _mark(
-    Blocks, Words, s_b, s_t, s_g, s_n, first, n_queries, G, M, W, N: tl.constexpr, L: tl.constexpr, X: tl.constexpr
-):
+    Blocks, Words, s_b, s_t, s_g, s_n, first, n_queries, G, M, W,
+    N: tl.constexpr, L: tl.constexpr, FAR: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
     x = tl.program_id(0) * X + tl.arange(0, X)
     bg = tl.program_id(1).to(tl.int64)
     i = x // N
     row = Blocks + (bg // G) * s_b + (bg % G) * s_g
     block = tl.load(row + i.to(tl.int64) * s_t + (x % N) * s_n, mask=i < n_queries, other=-1)
-    ok = visible(block, first + i, L)
+    ok = _listed(block, first + i, L, FAR)
     bit = tl.full([X], 1, tl.int32) << (i % 32)
     tl.atomic_or(Words + (bg * W + i // 32) * M + block, bit, mask=ok, sem="relaxed")
 
@@ -52,14 +58,14 @@ def _scan(Words, Before, M, W, WT: tl.constexpr, MT: tl.constexpr):
 @triton.jit
 def _place(
     Blocks, Words, Before, Start, Pairs, s_b, s_t, s_g, s_n, first, n_queries, G, M, W,
-    N: tl.constexpr, L: tl.constexpr, X: tl.constexpr,
+    N: tl.constexpr, L: tl.constexpr, FAR: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     x = tl.program_id(0) * X + tl.arange(0, X)
     bg = tl.program_id(1).to(tl.int64)
     i = x // N
     row = Blocks + (bg // G) * s_b + (bg % G) * s_g
     block = tl.load(row + i.to(tl.int64) * s_t + (x % N) * s_n, mask=i < n_queries, other=-1)
-    ok = visible(block, first + i, L)
+    ok = _listed(block, first + i, L, FAR)
     word = tl.load(Words + (bg * W + i // 32) * M + block, mask=ok, other=0)
     below = popcount(word & ((tl.full([X], 1, tl.int32) << (i % 32)) - 1))
     before = tl.load(Before + (bg * (W + 1) + i // 32) * M + block, mask=ok, other=0)
@@ -114,10 +120,13 @@ def words_bytes(groups: int, n_blocks: int, n_queries: int) -> int:
     return groups * n_blocks * (-(-n_queries // _WORD)) * 8
 
 
-def build(blocks: torch.Tensor, l_sel: int, first: int, n_blocks: int, chunk: int, piece: int) -> Lists:
+def build(
+    blocks: torch.Tensor, l_sel: int, first: int, n_blocks: int, chunk: int, piece: int, *, far_only: bool
+) -> Lists:
     """Lists of blocks [B,T,G,N] int32, of which query i sits at position first + i.
 
-    chunk: queries a chunk, a multiple of 32; piece: pairs a piece at most.
+    chunk: queries a chunk, a multiple of 32; piece: pairs a piece at most; far_only: without the pairs of a query with
+    block 0, its own and the one before.
     """
     B, T, G, N = blocks.shape
     device, groups, W = blocks.device, B * G, -(-T // _WORD)
@@ -125,7 +134,7 @@ def build(blocks: torch.Tensor, l_sel: int, first: int, n_blocks: int, chunk: in
     words = torch.zeros(groups, W, n_blocks, dtype=torch.int32, device=device)
     before = torch.empty(groups, W + 1, n_blocks, dtype=torch.int32, device=device)
     pairs = torch.empty(groups * T * N, dtype=torch.int32, device=device)
-    where = (*blocks.stride(), first, T, G, n_blocks, W, N, l_sel, 1024)
+    where = (*blocks.stride(), first, T, G, n_blocks, W, N, l_sel, far_only, 1024)
     _mark[(triton.cdiv(T * N, 1024), groups)](blocks, words, *where)
     _scan[(triton.cdiv(n_blocks, 32), groups)](words, before, n_blocks, W, 64, 32)
     # A kernel reads these by key: never a strided view, which reshape returns of a single block's column.

@@ -21,6 +21,12 @@ def visible(block, t, L: tl.constexpr):
 
 
 @triton.jit
+def far(block, t, L: tl.constexpr):
+    """Whether a listed block is visible and neither block 0 nor the query's own nor the one before."""
+    return (block > 0) & (block < t // L - 1)
+
+
+@triton.jit
 def popcount(x):
     """Bits set in each int32."""
     x = x.to(tl.uint32, bitcast=True)

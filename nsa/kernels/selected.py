@@ -2,7 +2,9 @@
 
 The rows of a tile are (query, head of the group) pairs, packed with no gap, so that any group size fills the tile; K
 and V are loaded once for all of them. A row's result against one block is a partial: its output and logsumexp go to
-the slot of the query's list that named the block, and `merge` weighs a row's slots in slot order. Backward, one pass
+the slot of the query's list that named the block, and `merge` weighs a row's slots in slot order. Block 0, the query's
+own and the one before are in nearly every list and shared by neighbours: one dense pass makes one partial of them.
+Backward, one pass
 over the same lists gives dQ partials (summed in slot order), dK and dV (summed in list order, pieces of one list in
 order, chunks of queries in order). Nothing is added by atomics, so equal runs are equal bit for bit.
 
@@ -48,14 +50,16 @@ class Launch:
 
 
 def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
-    """The launch table: kernel (forward, backward), card, padded head dim, bytes of an element.
+    """The launch table: kernel (forward, near, backward), card, padded head dim, bytes of an element.
 
     Times on sm_90, of 6 to 12 candidates each: docs/kernels.md. Elsewhere what compiles within the card's memory.
     """
     if itemsize == 4:
         return Launch(32 if dim <= 64 else 16, 4, 1)
     if dim > 128:
-        return Launch(64 if kernel == "forward" and sm in _ROOMY else 32, 8, 1)
+        return Launch(64 if kernel != "backward" and sm in _ROOMY else 32, 8, 1)
+    if kernel == "near":
+        return Launch(64, 4, 2)
     if kernel == "forward":
         return Launch(64, 4, 2)
     if dim <= 64:
@@ -131,7 +135,7 @@ class _Shape:
 
     def stretches(self, kernel: str, blocks: torch.Tensor, dim: int) -> Iterator[tuple[slice, int, lists.Lists]]:
         """(queries, position of the first, their lists), so that partials of width `dim` fit their bound."""
-        a_query = self.B * self.G * self.N * self.R * (dim * self.dtype.itemsize + 4)
+        a_query = self.B * self.G * (self.N + 1) * self.R * (dim * self.dtype.itemsize + 4)
         chunks = -(-self.T * a_query // _PARTIAL_BYTES)
         chunk = -(-self.T // chunks // 32) * 32
         words = lists.words_bytes(self.B * self.G, self.n_blocks, chunk)
@@ -139,7 +143,10 @@ class _Shape:
         piece = max(1, _PIECE_ROWS[kernel] // self.R)
         for a in range(0, self.T, stretch):
             rows, first = slice(a, min(a + stretch, self.T)), self.S - self.T + a
-            yield rows, first, lists.build(blocks[:, rows], self.L, first, self.n_blocks, chunk, piece)
+            plan = lists.build(
+                blocks[:, rows], self.L, first, self.n_blocks, chunk, piece, far_only=kernel == "forward"
+            )
+            yield rows, first, plan
 
 
 def forward(
@@ -183,19 +190,25 @@ def _forward_by_block(
     shape: _Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor,
     out: torch.Tensor, lse: torch.Tensor, reads: torch.Tensor, count: bool,
 ) -> None:  # fmt: skip
-    groups, merged = shape.B * shape.G, shape.merged_rows(shape.DV)
+    groups, sizes, near = shape.B * shape.G, shape.sizes(), shape.options("near")
+    scale2, merged = shape.DK**-0.5 * LOG2E, shape.merged_rows(shape.DV)
     for rows, first, plan in shape.stretches("forward", blocks, shape.DV):
-        places = groups * plan.chunk * shape.N * shape.R
+        places = groups * plan.chunk * (shape.N + 1) * shape.R
         partial, partial_lse = q.new_empty(places, shape.DV), lse.new_empty(places)
         part = q[:, rows]
         for c, (a, b) in enumerate(plan.chunks):
             device.block_forward[(plan.pieces[c],)](
                 part, k, v, plan.pairs, plan.table[c], partial, partial_lse, reads,
-                *part.stride(), *k.stride(), *v.stride(), shape.DK**-0.5 * LOG2E, first, a, b - a,
-                shape.G, shape.n_blocks, **shape.sizes(), COUNT=count, **shape.options("forward"),
+                *part.stride(), *k.stride(), *v.stride(), scale2, a, b - a,
+                shape.G, shape.n_blocks, **sizes, COUNT=count, **shape.options("forward"),
             )  # fmt: skip
             here = slice(rows.start + a, rows.start + b)
-            listed, o, e = blocks[:, here], out[:, here], lse[:, here]
+            x, listed, o, e = q[:, here], blocks[:, here], out[:, here], lse[:, here]
+            device.near_forward[(triton.cdiv((b - a) * shape.R, near["ROWS"]), groups)](
+                x, k, v, listed, partial, partial_lse, reads,
+                *x.stride(), *k.stride(), *v.stride(), *listed.stride(), scale2, first + a, b - a, shape.G,
+                **sizes, NP=triton.next_power_of_2(shape.N), COUNT=count, **near,
+            )  # fmt: skip
             device.merge[(triton.cdiv((b - a) * shape.R, merged), groups)](
                 partial, partial_lse, listed, o, e, *listed.stride(), *o.stride()[:3], *e.stride(),
                 first + a, b - a, shape.G, N=shape.N, R=shape.R, L=shape.L, DV=shape.DV, DVP=padded(shape.DV),

@@ -7,17 +7,18 @@ tile, a row being one head of one query; IP the precision of every dot. Scores a
 import triton
 import triton.language as tl
 
-from nsa.kernels.primitives import exp2, visible
+from nsa.kernels.primitives import exp2, far, visible
 
 
 @triton.jit
 def block_forward(
     Q, K, V, Pairs, Table, Partial, PartialLse, Reads,
     sq_b, sq_t, sq_h, sq_d, sk_b, sk_t, sk_g, sk_d, sv_b, sv_t, sv_g, sv_d,
-    scale2, first, start, Tc, G, M,
+    scale2, start, Tc, G, M,
     N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DKP: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
+    """Partials of the far blocks: they end before their query's own begins, so every row sees every key."""
     cell = Table + tl.program_id(0).to(tl.int64) * 4
     key = tl.load(cell)
     if key < 0:
@@ -26,20 +27,18 @@ def block_forward(
     rows = (tl.load(cell + 2) - begin) * R
     bg = (key // M).to(tl.int64)
     inside = tl.arange(0, BS)
-    token = (key % M) * L + inside
+    token = ((key % M) * L + inside).to(tl.int64)
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
-    # A listed block lies before its query or holds it, so only the own block can pass the end: bounded by the query.
-    held = (inside < L) & (token < first + Tc + start)
     k = tl.load(
-        K + (bg // G) * sk_b + (bg % G) * sk_g + token.to(tl.int64)[None, :] * sk_t + dk[:, None] * sk_d,
-        mask=held[None, :] & (dk[:, None] < DK), other=0.0,
+        K + (bg // G) * sk_b + (bg % G) * sk_g + token[None, :] * sk_t + dk[:, None] * sk_d,
+        mask=(inside < L)[None, :] & (dk[:, None] < DK), other=0.0,
     )  # fmt: skip
     v = tl.load(
-        V + (bg // G) * sv_b + (bg % G) * sv_g + token.to(tl.int64)[:, None] * sv_t + dv[None, :] * sv_d,
-        mask=held[:, None] & (dv[None, :] < DV), other=0.0,
+        V + (bg // G) * sv_b + (bg % G) * sv_g + token[:, None] * sv_t + dv[None, :] * sv_d,
+        mask=(inside < L)[:, None] & (dv[None, :] < DV), other=0.0,
     )  # fmt: skip
     queries = Q + (bg // G) * sq_b + (bg % G) * R * sq_h
-    partial = bg * Tc * N
+    partial = bg * Tc - start
     reads = tl.zeros([ROWS], tl.int32)
     lane = tl.arange(0, ROWS)
     ahead = tl.load(Pairs + begin + lane // R, mask=lane < rows, other=0)
@@ -48,29 +47,101 @@ def block_forward(
         ok = x < rows
         pair = ahead
         ahead = tl.load(Pairs + begin + (x + ROWS) // R, mask=x + ROWS < rows, other=0)
-        i = pair // N
+        i = (pair // N).to(tl.int64)
         head = x % R
         q = tl.load(
-            queries + i.to(tl.int64)[:, None] * sq_t + head[:, None] * sq_h + dk[None, :] * sq_d,
+            queries + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :] * sq_d,
             mask=ok[:, None] & (dk[None, :] < DK), other=0.0,
         )  # fmt: skip
-        # A row past the list's end sees the whole block: no row of scores is empty.
-        see = token[None, :] <= tl.where(ok, first + i, 2147483647)[:, None]
+        s = tl.dot(q, k, input_precision=IP)
         if L != BS:
-            see = see & (inside < L)[None, :]
-        s = tl.where(see, tl.dot(q, k, input_precision=IP), float("-inf"))
+            s = tl.where((inside < L)[None, :], s, float("-inf"))
         m = tl.max(s, 1) * scale2
         p = exp2(s * scale2 - m[:, None], IP)
         z = tl.sum(p, 1)
         o = tl.dot(p.to(v.dtype), v, input_precision=IP) * (1.0 / z)[:, None]
-        place = (partial + pair - start * N) * R + head
+        place = ((partial + i) * (N + 1) + pair % N) * R + head
         tl.store(
             Partial + place[:, None] * DV + dv[None, :], o.to(Partial.dtype.element_ty),
             mask=ok[:, None] & (dv[None, :] < DV), cache_modifier=".cs",
         )  # fmt: skip
         tl.store(PartialLse + place, m + tl.log2(z), mask=ok)
         if COUNT:
+            reads += tl.where(ok & (head == 0), L, 0)
+    if COUNT:
+        tl.atomic_add(Reads + bg, tl.sum(reads, 0).to(tl.int64))
+
+
+@triton.jit
+def near_forward(
+    Q, K, V, Blocks, Partial, PartialLse, Reads,
+    sq_b, sq_t, sq_h, sq_d, sk_b, sk_t, sk_g, sk_d, sv_b, sv_t, sv_g, sv_d, sb_b, sb_t, sb_g, sb_n,
+    scale2, first, Tc, G,
+    N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    DKP: tl.constexpr, DVP: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
+    IP: tl.constexpr,
+):  # fmt: skip
+    """One partial, in slot N, of block 0, the own block and the one before, as far as the query's list holds them.
+
+    Nearly every list holds the three, and neighbours share them: walked here, they cost one partial and no gather. A
+    tile's rows are neighbours, so their own blocks are one or a few in a row.
+    """
+    x0 = tl.program_id(0) * ROWS
+    x = x0 + tl.arange(0, ROWS)
+    bg = tl.program_id(1).to(tl.int64)
+    i = (x // R).to(tl.int64)
+    head = x % R
+    ok = i < Tc
+    t = first + i
+    own = tl.where(ok, t // L, -1)
+    inside = tl.arange(0, BS)
+    slot = tl.arange(0, NP)
+    dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
+    listed = tl.load(
+        Blocks + (bg // G) * sb_b + (bg % G) * sb_g + i[:, None] * sb_t + slot[None, :] * sb_n,
+        mask=ok[:, None] & (slot < N)[None, :], other=-1,
+    )  # fmt: skip
+    q = tl.load(
+        Q + (bg // G) * sq_b + i[:, None] * sq_t + ((bg % G) * R + head)[:, None] * sq_h + dk[None, :] * sq_d,
+        mask=ok[:, None] & (dk[None, :] < DK), other=0.0,
+    )  # fmt: skip
+    keys = K + (bg // G) * sk_b + (bg % G) * sk_g + dk[:, None] * sk_d
+    values = V + (bg // G) * sv_b + (bg % G) * sv_g + dv[None, :] * sv_d
+    lowest = tl.maximum((first + x0 // R) // L - 1, 1)
+    highest = (first + tl.minimum((x0 + ROWS - 1) // R, Tc - 1)) // L
+    last = first + Tc - 1
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    z = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, DVP], tl.float32)
+    reads = tl.zeros([ROWS], tl.int32)
+    for step in range(lowest - 1, highest + 1):
+        block = tl.where(step < lowest, 0, step)
+        held = tl.max((listed == block).to(tl.int32), 1) > 0
+        held = held & ((block == 0) | (block >= own - 1))
+        token = block * L + inside
+        see = held[:, None] & (token[None, :] <= t[:, None]) & (inside < L)[None, :]
+        there = (token <= last) & (inside < L)
+        line = token.to(tl.int64)
+        k = tl.load(keys + line[None, :] * sk_t, mask=there[None, :] & (dk[:, None] < DK), other=0.0)
+        v = tl.load(values + line[:, None] * sv_t, mask=there[:, None] & (dv[None, :] < DV), other=0.0)
+        s = tl.where(see, tl.dot(q, k, input_precision=IP) * scale2, float("-inf"))
+        above = tl.maximum(m, tl.max(s, 1))
+        safe = tl.where(above == float("-inf"), 0.0, above)
+        p = exp2(s - safe[:, None], IP)
+        fade = exp2(m - safe, IP)
+        z = z * fade + tl.sum(p, 1)
+        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=IP)
+        m = above
+        if COUNT:
             reads += tl.where(ok & (head == 0), tl.sum(see.to(tl.int32), 1), 0)
+    some = z > 0.0
+    out = out * (1.0 / tl.where(some, z, 1.0))[:, None]
+    place = ((bg * Tc + i) * (N + 1) + N) * R + head
+    tl.store(
+        Partial + place[:, None] * DV + dv[None, :], out.to(Partial.dtype.element_ty),
+        mask=ok[:, None] & (dv[None, :] < DV), cache_modifier=".cs",
+    )  # fmt: skip
+    tl.store(PartialLse + place, tl.where(some, m + tl.log2(tl.where(some, z, 1.0)), float("-inf")), mask=ok)
     if COUNT:
         tl.atomic_add(Reads + bg, tl.sum(reads, 0).to(tl.int64))
 
@@ -82,23 +153,26 @@ def merge(
     N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
+    """Weigh a row's partials: those of the far blocks in slot order, then slot N, that of the near ones."""
     x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     bg = tl.program_id(1).to(tl.int64)
     i = (x // R).to(tl.int64)
     head = x % R
     ok = i < Tc
     dv = tl.arange(0, DVP)
-    place = (bg * Tc + i) * N * R + head
+    place = (bg * Tc + i) * (N + 1) * R + head
     listed = Blocks + (bg // G) * sb_b + (bg % G) * sb_g + i * sb_t
-    m = tl.full([ROWS], float("-inf"), tl.float32)
+    m = tl.load(PartialLse + place + N * R, mask=ok, other=float("-inf"))
     for n in tl.static_range(N):
-        there = visible(tl.load(listed + n * sb_n, mask=ok, other=-1), first + i, L)
+        there = far(tl.load(listed + n * sb_n, mask=ok, other=-1), first + i, L)
         m = tl.maximum(m, tl.load(PartialLse + place + n * R, mask=there, other=float("-inf")))
     safe = tl.where(m == float("-inf"), 0.0, m)
     z = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, DVP], tl.float32)
-    for n in tl.static_range(N):
-        there = visible(tl.load(listed + n * sb_n, mask=ok, other=-1), first + i, L)
+    for n in tl.static_range(N + 1):
+        there = ok
+        if n < N:
+            there = far(tl.load(listed + n * sb_n, mask=ok, other=-1), first + i, L)
         weight = exp2(tl.load(PartialLse + place + n * R, mask=there, other=float("-inf")) - safe, IP)
         part = tl.load(
             Partial + (place + n * R)[:, None] * DV + dv[None, :], mask=there[:, None] & (dv[None, :] < DV), other=0.0
