@@ -103,7 +103,10 @@ class _Workflow:
 
     def run(self, wanted: list[str]) -> list[JobResult]:
         for name, job in self.plan(wanted).items():
-            self.done[name] = job.run() if job else JobResult(name, name, "skipped", detail="not asked for")
+            try:
+                self.done[name] = job.run() if job else JobResult(name, name, "skipped", detail="not asked for")
+            except ExpressionError as error:
+                self.done[name] = JobResult(name, name, "failure", detail=str(error))
         return list(self.done.values())
 
 
@@ -116,6 +119,7 @@ class _Job:
         if unknown := sorted(data.keys() - JOB_KEYS):
             raise WorkflowError(f"{self.where}: {unknown[0]} has no meaning here")
         self.matrix = self._matrix()
+        self.minutes = float(data.get("timeout-minutes", 360))
         self.steps: dict[str, dict[str, Any]] = {}
         self.env: dict[str, str] = {}
         self.added_path: list[str] = []
@@ -185,7 +189,7 @@ class _Job:
             return JobResult(self.id, name, "skipped", detail=f"its condition does not hold after {needed}")
         for source in (self.workflow.data, self.data):
             self.env |= {key: self._fill(str(value)) for key, value in (source.get("env") or {}).items()}
-        self.deadline = time.monotonic() + 60 * float(self.data["timeout-minutes"])
+        self.deadline = time.monotonic() + 60 * self.minutes
         steps = []
         with tempfile.TemporaryDirectory(prefix="workflow-") as scratch:
             for number, step in enumerate(self.data["steps"]):
@@ -196,18 +200,19 @@ class _Job:
         return JobResult(self.id, name, "failure" if self.failed else "success", steps)
 
     def _step(self, step: dict[str, Any], scratch: Path, number: int) -> StepResult:
-        title = self._fill(str(step["name"])) if "name" in step else _title(step)
+        title = _title(step)
         status = {
             "success": lambda: not self.failed,
             "failure": lambda: self.failed,
             "always": lambda: True,
             "cancelled": lambda: False,
         }
-        if not expressions.holds(str(step.get("if", "success()")), self.context(), status):
-            return StepResult(title, "skipped", detail="an earlier step failed" if self.failed else "its condition")
-        self.workflow.say(f"\n== {self.id}: {title}")
         started = time.monotonic()
         try:
+            if not expressions.holds(str(step.get("if", "success()")), self.context(), status):
+                return StepResult(title, "skipped", detail="an earlier step failed" if self.failed else "its condition")
+            title = self._fill(title) if "name" in step else title
+            self.workflow.say(f"\n== {self.id}: {title}")
             result = self._bash(step, scratch, number) if "run" in step else self._action(step)
         except ExpressionError as error:
             result = StepResult(title, "failure", detail=str(error))
@@ -226,10 +231,12 @@ class _Job:
         own = {key: self._fill(str(value)) for key, value in (step.get("env") or {}).items()}
         environment = {**os.environ, **self.env, **own, "CI": "true"}
         environment |= {f"GITHUB_{name}": str(file) for name, file in files.items()}
-        environment["GITHUB_WORKSPACE"] = str(self.workflow.root)
+        environment |= {
+            f"GITHUB_{name.upper()}": value for name, value in self.workflow.github.items() if name != "event"
+        }
         environment["PATH"] = os.pathsep.join([*reversed(self.added_path), environment.get("PATH", os.defpath)])
         folder = self.workflow.root / self._fill(str(self._setting(step, "working-directory") or "."))
-        minutes = float(step.get("timeout-minutes", self.data["timeout-minutes"]))
+        minutes = float(step.get("timeout-minutes", self.minutes))
         code = _in_group([*BASH, str(script)], folder, environment, min(self.deadline, time.monotonic() + 60 * minutes))
         outputs = _pairs(files["OUTPUT"])
         self.env |= _pairs(files["ENV"])

@@ -61,13 +61,13 @@ def test_steps_share_the_tree_and_githubs_files(tmp_path, capfd):
                 echo "KEPT=from ${{ github.event_name }}" >> "$GITHUB_ENV"
                 printf 'LINES<<END\\na\\nb\\nEND\\n' >> "$GITHUB_ENV"
                 echo "# page" >> "$GITHUB_STEP_SUMMARY"
-            - run: echo "$WHERE, $KEPT, ${{ steps.one.outputs.answer }}, $OWN, $(echo "$LINES" | wc -l), $PWD"
+            - run: echo "$WHERE, $KEPT, ${{ steps.one.outputs.answer }}, $OWN, $(echo "$LINES" | wc -l), $GITHUB_JOB, $PWD"
               env: {OWN: "${{ steps.one.outcome }}"}
               working-directory: below
         """,
     )
     assert (done["first"].result, outcomes(done["first"])) == ("success", ["success", "success"])
-    assert capfd.readouterr().out == f"job hello, from push, 42, success, 2, {tmp_path}/below\n"
+    assert capfd.readouterr().out == f"job hello, from push, 42, success, 2, first, {tmp_path}/below\n"
 
 
 def test_a_failure_ends_the_job_but_for_steps_that_run_always(tmp_path):
@@ -208,6 +208,11 @@ def test_a_name_that_is_not_there_fails_the_step(tmp_path):
     jobs = "a: {timeout-minutes: 1, steps: [{run: 'echo ${{ steps.typo.outputs.x }}'}, {run: 'echo ${{ env.NONE }}'}]}"
     steps = flow(tmp_path, jobs)["a"].steps
     assert (steps[0].outcome, steps[0].detail) == ("failure", "no 'typo' here; known: nothing")
+    for wrong in (
+        "{timeout-minutes: 1, steps: [{name: '${{ matrix.x }}', run: ls}]}",
+        "{name: '${{ matrix.x }}', steps: []}",
+    ):
+        assert flow(tmp_path, f"a: {wrong}")["a"].result == "failure"
 
 
 def test_the_command_exits_with_the_worst_and_names_it(tmp_path):
