@@ -231,9 +231,8 @@ class _Job:
         own = {key: self._fill(str(value)) for key, value in (step.get("env") or {}).items()}
         environment = {**os.environ, **self.env, **own, "CI": "true"}
         environment |= {f"GITHUB_{name}": str(file) for name, file in files.items()}
-        environment |= {
-            f"GITHUB_{name.upper()}": value for name, value in self.workflow.github.items() if name != "event"
-        }
+        github = self.context()["github"]
+        environment |= {f"GITHUB_{name.upper()}": value for name, value in github.items() if name != "event"}
         environment["PATH"] = os.pathsep.join([*reversed(self.added_path), environment.get("PATH", os.defpath)])
         folder = self.workflow.root / self._fill(str(self._setting(step, "working-directory") or "."))
         minutes = float(step.get("timeout-minutes", self.minutes))

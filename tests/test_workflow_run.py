@@ -61,13 +61,15 @@ def test_steps_share_the_tree_and_githubs_files(tmp_path, capfd):
                 echo "KEPT=from ${{ github.event_name }}" >> "$GITHUB_ENV"
                 printf 'LINES<<END\\na\\nb\\nEND\\n' >> "$GITHUB_ENV"
                 echo "# page" >> "$GITHUB_STEP_SUMMARY"
-            - run: echo "$WHERE, $KEPT, ${{ steps.one.outputs.answer }}, $OWN, $(echo "$LINES" | wc -l), $GITHUB_JOB, $PWD"
+            - run: |
+                echo "$WHERE, $KEPT, ${{ steps.one.outputs.answer }}, $OWN"
+                echo "$(echo "$LINES" | wc -l), $GITHUB_JOB, $PWD"
               env: {OWN: "${{ steps.one.outcome }}"}
               working-directory: below
         """,
     )
     assert (done["first"].result, outcomes(done["first"])) == ("success", ["success", "success"])
-    assert capfd.readouterr().out == f"job hello, from push, 42, success, 2, first, {tmp_path}/below\n"
+    assert capfd.readouterr().out == f"job hello, from push, 42, success\n2, first, {tmp_path}/below\n"
 
 
 def test_a_failure_ends_the_job_but_for_steps_that_run_always(tmp_path):
