@@ -12,7 +12,6 @@ Exit codes: 0 nothing new; 1 new failures; 2 usage; 3 AFTER holds nothing to com
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tarfile
 import tempfile
@@ -21,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ci import audit, junit, outcome
-from ci.publish import code
+from ci.publish import code, latest
 
-ATTEMPT = re.compile(r"-\d+$")
 Failures = dict[str, set[str]]
 
 
@@ -37,17 +35,13 @@ class Changes:
 
 
 def failures(folder: Path) -> Failures:
-    """What failed, by artifact; an artifact without failures has an empty set."""
+    """What failed, by artifact, in its last attempt; an artifact without failures has an empty set."""
     found: Failures = {}
-    for artifact in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
+    for name, artifact in latest(folder).items():
         bundles, reports = sorted(artifact.rglob("*.tar.gz")), sorted(artifact.glob("tests*.xml"))
-        if not bundles and not reports:
-            continue
-        failed = found.setdefault(ATTEMPT.sub("", artifact.name), set())
-        for path in bundles:
-            failed.update(_of_bundle(path))
-        for path in reports:
-            failed.update(_of_junit(path))
+        failed = [*map(_of_bundle, bundles), *map(_of_junit, reports)]
+        if failed:
+            found[name] = set().union(*failed)
     return found
 
 

@@ -33,7 +33,8 @@ from ci.runbook import SOURCE, load
 
 NAME = re.compile(r"nsa-readiness-[0-9a-f]{12}-[a-z0-9]+-[A-Za-z0-9._]+\.tar\.gz")
 SHA = re.compile(r"[0-9a-f]{40}")
-RUN = re.compile(r"[0-9]+\.[0-9]+")
+RUN = re.compile(r"[0-9]+\.[0-9]{1,2}")
+ATTEMPT = re.compile(r"-([0-9]{1,3})$")
 WORKFLOW = re.compile(r"[a-z-]{1,30}")
 MAX_BUNDLES = 16
 MAX_FILE = 64 * 2**20
@@ -46,11 +47,17 @@ MARKS = {"PASSED": "✅", "SKIPPED": "⚪"}
 
 @dataclass(frozen=True)
 class Expected:
-    """What a bundle must be of: the commit, `run_id` of the run that uploaded it (or any), one of the profiles."""
+    """What a bundle must be of: the commit, the run that uploaded it (ID.ATTEMPT, or any), one of the profiles."""
 
     head: str
     run: str = ""
     profiles: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """That run's attempts so far: a job that passed is not run again with the others."""
+        number, _, attempt = self.run.partition(".")
+        return tuple(f"{number}.{n}" for n in range(1, int(attempt) + 1)) if self.run else ()
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(folder: Path, expected: Expected, runbook: Path = SOURCE) -> list[Checked]:
-    """Every *.tar.gz below the folder, held against what is expected; the order is that of their paths."""
-    found = sorted(path for path in folder.rglob("*.tar.gz"))
+    """Every *.tar.gz of the artifacts in the folder (their last attempts), held against what is expected."""
+    found = [path for artifact in latest(folder).values() for path in sorted(artifact.rglob("*.tar.gz"))]
     if len(found) > MAX_BUNDLES:
         return [Checked(f"{len(found)} files", None, f"more than {MAX_BUNDLES} bundles")]
     return [_check(path, expected, runbook) for path in found]
+
+
+def latest(folder: Path) -> dict[str, Path]:
+    """The artifacts of a run, a folder each, by name without the attempt: its last one, as a job may be run again."""
+    attempts = {path: ATTEMPT.search(path.name) for path in (folder.iterdir() if folder.is_dir() else ())}
+    ordered = sorted(attempts, key=lambda path: (int(found[1]) if (found := attempts[path]) else 0, path.name))
+    last = {ATTEMPT.sub("", path.name): path for path in ordered}
+    return {name: last[name] for name in sorted(last)}
 
 
 def _check(path: Path, expected: Expected, runbook: Path) -> Checked:
@@ -100,7 +115,7 @@ def _check(path: Path, expected: Expected, runbook: Path) -> Checked:
     result = _result(said["result"])
     for what, have, wanted in (
         ("commit", result.git_sha, (expected.head,)),
-        ("run", result.run_id, (expected.run,) if expected.run else ()),
+        ("run", result.run_id, expected.runs),
         ("profile", result.profile, expected.profiles),
     ):
         if wanted and have not in wanted:

@@ -68,6 +68,12 @@ def test_a_result_that_went_silent_is_a_new_failure(run, tmp_path):
     assert call(failing, one)[1].startswith("## 1 new, 0 known, 1 fixed\n"), "a failure that went silent is not fixed"
 
 
+def test_only_the_last_attempt_counts(run, tmp_path):
+    again = night(run, tmp_path / "night", "bundle-a100-9", failing=True)
+    night(run, again, "bundle-a100-10")
+    assert changes.failures(again) == {"bundle-a100": set()}
+
+
 def test_a_forged_bundle_is_a_failure(run, tmp_path):
     good = night(run, tmp_path / "good", "bundle-a100-1")
     shutil.copytree(good, tmp_path / "forged")

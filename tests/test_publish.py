@@ -173,7 +173,7 @@ def test_a_hostile_bundle_is_refused_with_its_reason(run, capsys, forge: Callabl
     ("options", "says"),
     [
         (("--head", "f" * 40), f"made for commit {SHA}, expected {'f' * 40}"),
-        (("--run", "7.1"), "made for run r1, expected 7.1"),
+        (("--run", "7.2"), "made for run r1, expected 7.1 or 7.2"),
         (("--profiles", "a100,a100x2"), "made for profile cpu, expected a100 or a100x2"),
     ],
 )
@@ -200,6 +200,18 @@ def test_an_uncommitted_tree_is_refused(run):
     run.judge()
     pack(run)
     assert "made with uncommitted changes" in publish_(run)[1]
+
+
+def test_of_a_job_that_was_run_again_the_last_attempt_counts(run):
+    for step in run.book.steps:
+        run.record(step.id, run_id="7.1")
+    run.judge()
+    passed = pack(run, "bundle-cpu-py3.10-1")
+    _tampered(run, pack(run, "bundle-cpu-py3.12-1"))
+    (passed.parents[1] / "bundle-cpu-py3.12-2").mkdir()
+    (passed.parents[1] / "bundle-cpu-py3.12-2" / passed.name).write_bytes(passed.read_bytes())
+    code, text = publish_(run, "--run", "7.2")
+    assert (code, text.count("✅ **READY ON CPU**")) == (0, 2), text
 
 
 def test_no_bundle_is_no_proof(run):
@@ -304,7 +316,7 @@ def test_requirements_host_suffices(module, says):
 
 
 def test_gzip_of_anything_else_is_refused(run):
-    folder = run.root / "incoming"
-    folder.mkdir()
+    folder = run.root / "incoming" / "bundle-cpu-1"
+    folder.mkdir(parents=True)
     (folder / "nsa-readiness-0123456789ab-cpu-r1.tar.gz").write_bytes(gzip.compress(b"no tar"))
     assert publish_(run)[0] == 1
