@@ -28,9 +28,15 @@ PREFERENCES: dict[str, tuple[str, ...]] = {
 }
 BACKENDS = ("reference", "torch", "sdpa", "flash", "cudnn", "triton")
 
-# Cards (90 for sm_90) on which stage 2 passed with these very kernels. Elsewhere they run when asked for, by name or by
-# their flag: compiling, and agreeing in the interpreter, is not a proof.
-TRITON_PROVEN: dict[str, frozenset[int]] = {"selection": frozenset(), "selected": frozenset(), "combine": frozenset()}
+# What is known of an op's Triton kernels on a card (90 for sm_90), unlisted: nothing.
+# measured: stage 2 passed there with these kernels, and docs/kernels.md has their times. They run unasked.
+# compiled: each launch fits the card (`python -m nsa.kernels.report`) and the arithmetic holds in the interpreter, on
+#           every CPU run. They run when asked for, by name or by their flag.
+TRITON_PROOF: dict[str, dict[int, str]] = {
+    "selection": {80: "compiled", 89: "compiled", 90: "measured"},
+    "selected": {80: "compiled", 89: "compiled", 90: "measured"},
+    "combine": {80: "compiled", 89: "compiled", 90: "measured"},
+}
 # The ops whose Triton kernels NSA_USE_TRITON_SEL is about.
 _TRITON_SEL = ("selection", "selected")
 
@@ -126,10 +132,11 @@ def _unproven(op: str, backend: str) -> list[str]:
     if backend != "triton" or (flagged and flags().use_triton_sel) or not torch.cuda.is_available():
         return []
     major, minor = torch.cuda.get_device_capability()
-    if major * 10 + minor in TRITON_PROVEN[op]:
+    proof = TRITON_PROOF[op].get(major * 10 + minor, "not even compiled")
+    if proof == "measured":
         return []
     asks = "NSA_USE_TRITON_SEL=1" if flagged else "backend='triton'"
-    return [f"not proven on sm_{major}{minor} yet: {asks} asks for it"]
+    return [f"not measured on sm_{major}{minor} yet, {proof} for it: {asks} asks for it"]
 
 
 @cache
@@ -224,6 +231,7 @@ def snapshot() -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda_version": torch.version.cuda,
         "device": _device(cuda),
+        "triton_proof": {op: {f"sm_{sm}": proof for sm, proof in cards.items()} for op, cards in TRITON_PROOF.items()},
         "flash": {
             "attn": flash_wrappers.flash_attn_version(),
             "dense": flash_wrappers.is_flash_available(),

@@ -150,18 +150,18 @@ def test_a_kernel_asked_for_where_it_cannot_run_is_refused():
         combine(cmp, sel, win, logits, NSAConfig(), backend="triton")
 
 
-def test_the_sum_has_no_flag_and_is_taken_where_it_is_proven(monkeypatch):
+def test_the_sum_has_no_flag_and_is_taken_where_it_was_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(routing, "triton_version", lambda: "3.7.1")
     monkeypatch.setattr(routing, "flags", lambda: routing.Flags(use_triton_sel=True))
-    monkeypatch.setattr(routing, "TRITON_PROVEN", {"combine": frozenset({80})})
+    monkeypatch.setattr(routing, "TRITON_PROOF", {"combine": {80: "measured"}})
     unasked = routing.choose("combine")
     assert (unasked.backend, unasked.rejected["triton"]) == (
         "reference",
-        ["not proven on sm_90 yet: backend='triton' asks for it"],
+        ["not measured on sm_90 yet, not even compiled for it: backend='triton' asks for it"],
     )
     assert routing.choose("combine", backend="triton").backend == "triton"
-    monkeypatch.setattr(routing, "TRITON_PROVEN", {"combine": frozenset({90})})
+    monkeypatch.setattr(routing, "TRITON_PROOF", {"combine": {90: "measured"}})
     monkeypatch.setattr(routing, "flags", lambda: routing.Flags(use_triton_sel=False))
     assert routing.choose("combine").backend == "triton"

@@ -116,6 +116,14 @@ def test_the_snapshot_names_each_route_and_its_reasons(flags):
     assert "NSA_USE_FA2=0" in routes["window"]["forward"]["rejected"]["flash"]
 
 
+def test_every_triton_kernel_has_its_proof_on_each_card_and_the_snapshot_shows_it(flags):
+    proof = routing.snapshot()["triton_proof"]
+    assert set(proof) == {op for op, backends in routing.PREFERENCES.items() if "triton" in backends}
+    for cards in proof.values():
+        assert set(cards) >= {"sm_80", "sm_89", "sm_90"}
+        assert set(cards.values()) <= {"measured", "compiled"}
+
+
 # Inputs that do not fit
 
 
@@ -223,17 +231,19 @@ def test_a_pattern_is_refused_before_any_tensor_is_made():
 
 
 @pytest.mark.parametrize("op", ["selection", "selected"])
-def test_a_triton_kernel_runs_unasked_only_on_a_card_where_it_is_proven(flags, monkeypatch, op):
+def test_a_triton_kernel_runs_unasked_only_on_a_card_where_it_was_measured(flags, monkeypatch, op):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(routing, "triton_version", lambda: "3.7.1")
-    monkeypatch.setattr(routing, "TRITON_PROVEN", {op: frozenset({80})})
+    monkeypatch.setattr(routing, "TRITON_PROOF", {op: {80: "measured", 90: "compiled"}})
     unasked = routing.choose(op)
     assert unasked.backend == "torch"
-    assert unasked.rejected["triton"] == ["not proven on sm_90 yet: NSA_USE_TRITON_SEL=1 asks for it"]
+    assert unasked.rejected["triton"] == [
+        "not measured on sm_90 yet, compiled for it: NSA_USE_TRITON_SEL=1 asks for it"
+    ]
     assert routing.choose(op, backend="triton").backend == "triton"
     flags(NSA_USE_TRITON_SEL="1")
     assert routing.choose(op).backend == "triton"
     flags()
-    monkeypatch.setattr(routing, "TRITON_PROVEN", {op: frozenset({80, 90})})
+    monkeypatch.setattr(routing, "TRITON_PROOF", {op: {90: "measured"}})
     assert routing.choose(op).backend == "triton"
