@@ -82,6 +82,8 @@ def _session(args: argparse.Namespace, book: runbook.Runbook, root: Path) -> int
         print("ci: another session is running in this tree; wait for it, or use a clone of its own", file=sys.stderr)
         return outcome.INFRASTRUCTURE
     try:
+        if args.command == "repro":
+            fcntl.flock(tree, fcntl.LOCK_UN)  # the run that it starts takes it, if that is in this tree
         if args.command in ("image", "repro"):
             return _with_engine(args, book, root)
         return _locked_session(args, book, root)

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ci import audit, engine, engine_build, execute, facts, outcome, runbook
+from ci import audit, container, engine, engine_build, execute, facts, outcome, runbook
 from ci.engine_options import LANES
 from ci.session import MEANING, leave_exit, offline
 
 TARGET = "artifacts.repro"
 RUNBOOK = "ci/runbook.toml"
+FACTS = (("commit", "git_sha"), ("profile", "profile"), ("Python", "python"), ("CPU", "cpu"), ("cores", "cores"))
 
 
 class ReproError(Exception):
@@ -89,19 +90,15 @@ def read(path: Path) -> Recorded:
     )
 
 
-def differences(recorded: Recorded, here: dict[str, Any], commit: str) -> list[str]:
-    """What is not as it was, a line each: `here` is ci.facts.gather's result, `commit` what is going to run."""
+def differences(recorded: Recorded, now: dict[str, Any]) -> list[str]:
+    """What was not as it was, a line each: `now` is the second run's env.json."""
     then = recorded.env
-    pairs: list[tuple[str, Any, Any]] = [("commit", recorded.git_sha, commit)]
-    pairs += [("Python", then.get("python"), here["python"]), ("CPU", then.get("cpu"), here["cpu"])]
-    pairs += [("cores", then.get("cores"), here["cores"]), ("GPUs", _gpus(then), _gpus(here))]
-    versions = then.get("versions") or {}
-    names = sorted(set(versions) | set(here["versions"]))
-    pairs += [(name, versions.get(name, "absent"), here["versions"].get(name, "absent")) for name in names]
-    lines = [f"{name}: {was} in the bundle, {now} here" for name, was, now in pairs if was != now]
-    if recorded.dirty:
-        lines.insert(0, "uncommitted changes were in the bundle's tree; its commit is run without them")
-    return lines
+    pairs: list[tuple[Any, ...]] = [(name, then.get(key), now.get(key)) for name, key in FACTS]
+    pairs += [("GPUs", _gpus(then), _gpus(now)), ("image", *map(container.title, (_image(then), _image(now))))]
+    versions, others = then.get("versions") or {}, now.get("versions") or {}
+    names = sorted(set(versions) | set(others))
+    pairs += [(name, versions.get(name, "absent"), others.get(name, "absent")) for name in names]
+    return [f"{name}: {was} in the bundle, {is_} now" for name, was, is_ in pairs if was != is_]
 
 
 def compare(recorded: Recorded, artifacts: Path) -> list[str]:
@@ -124,17 +121,18 @@ def _repro(args: argparse.Namespace, book: runbook.Runbook, root: Path, say: Cal
     target = root / TARGET
     shutil.rmtree(target, ignore_errors=True)
     image = None if args.native else recorded.env.get("image")
+    if recorded.dirty and not args.here:
+        say("repro: differs: uncommitted changes were in the bundle's tree; its commit is run without them")
     with _tree(root, "" if args.here else recorded.git_sha) as tree:
-        here = facts.gather(tree, offline=True)
         steps = _steps(recorded, book, tree)
-        if not image:
-            for line in differences(recorded, here, here["git_sha"]):
-                say(f"repro: differs: {line}")
         commands = _commands(recorded, runbook.load(steps))
         if image:
             code = _in_image(recorded, image, commands, steps, tree, target, say)
         else:
             code = _natively(recorded, commands, steps, tree, target)
+    if (target / "env.json").is_file():
+        for line in differences(recorded, json.loads((target / "env.json").read_text())):
+            say(f"repro: differs: {line}")
     if (target / "result.json").is_file():
         for line in compare(recorded, target):
             say(f"repro: {line}")
@@ -256,6 +254,10 @@ def _find_image(client: Any, image: dict[str, Any], tree: Path, say: Callable[[s
     base = str(image["base"]) if image.get("stand_in") else ""
     wanted = engine_build.plan(tree, lane, base=base, flash_attn=image.get("flash_attn") != "absent")
     return engine_build.ensure(client, tree, wanted, say)
+
+
+def _image(env: dict[str, Any]) -> dict[str, Any]:
+    return env.get("image") or {}
 
 
 def _gpus(env: dict[str, Any]) -> str:

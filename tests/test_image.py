@@ -1,6 +1,7 @@
 """The CPU image for real: every canary's exit code, and what the engine's run makes of hangs, kills, memory, leaks.
 
 Skipped, with the reason, where there is no engine or the image of this tree was not built: `nox -s image -- cpu`.
+NSA_CI_NEED_IMAGE makes a failure of that.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from test_canaries import CANARIES, CODES, plant
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def lack(reason: str) -> None:
+    (pytest.fail if os.environ.get("NSA_CI_NEED_IMAGE") else pytest.skip)(reason)
+
+
 @pytest.fixture(scope="session")
 def docker_engine():
     pytest.importorskip("docker.client", reason="needs the Docker SDK")
@@ -28,7 +33,7 @@ def docker_engine():
     try:
         return engine.connect()
     except engine.EngineError as error:
-        pytest.skip(str(error))
+        lack(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +46,9 @@ def image(docker_engine):
         wanted = engine_build.plan(ROOT, engine_options.LANES["cpu"], base=os.environ.get("NSA_CI_BASE", ""))
         return docker_engine.images.get(wanted.tag)
     except engine.EngineError as error:
-        pytest.skip(str(error))
+        lack(str(error))
     except ImageNotFound:
-        pytest.skip(f"{wanted.tag}, the image of this tree, is not built; nox -s image -- cpu")
+        lack(f"{wanted.tag}, the image of this tree, is not built; nox -s image -- cpu")
 
 
 @pytest.fixture
