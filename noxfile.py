@@ -60,6 +60,12 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def perf_compare(session: nox.Session) -> None:
+    """Is decoding slower at HEAD than at BASE, beyond noise: `-- BASE HEAD`; 4 regression, 75 inconclusive."""
+    session.run("python", "-m", "ci.perf_compare", *session.posargs, external=True)
+
+
+@nox.session
 def report(session: nox.Session) -> None:
     """Judge what has run: merged JUnit, summary.md, summary.html, the bundle."""
     _ci(session, "report")

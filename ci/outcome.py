@@ -117,6 +117,14 @@ def save(value: Any, path: Path) -> None:
     scratch.replace(path)
 
 
+def leave_exit(root: Path, session: str, code: int) -> int:
+    """Writes artifacts/exit.json for a session outside the stages, so that `ci/nox` returns its code; returns it."""
+    path = root / "artifacts" / "exit.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"code": code, "session": session}) + "\n")
+    return code
+
+
 def load_record(path: Path) -> StepRecord:
     """Reads artifacts/results/*.json; OutcomeError names the file."""
     data = _read(path, StepRecord)

@@ -23,7 +23,7 @@ from junitparser import JUnitXml, JUnitXmlError, Skipped
 
 from ci import lock
 from ci.facts import installed
-from ci.outcome import CONFIGURATION, CONTRACT, READY, TEST_FAILED
+from ci.outcome import CONFIGURATION, CONTRACT, READY, TEST_FAILED, leave_exit
 
 ROOT = lock.ROOT
 GPU_LOCK = lock.LOCKS[1]
@@ -90,8 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     args, more = options.parse_known_args(arguments)
     if problems := unmet(ROOT):
         print(f"pinned: {'; '.join(problems)}: run nox -s tests_pinned, which installs them", file=sys.stderr)
-        return CONFIGURATION
-    return run(ROOT, ROOT / "artifacts/pinned", [*args.pytest, *more])
+        return leave_exit(ROOT, "tests_pinned", CONFIGURATION)
+    return leave_exit(ROOT, "tests_pinned", run(ROOT, ROOT / "artifacts/pinned", [*args.pytest, *more]))
 
 
 if __name__ == "__main__":

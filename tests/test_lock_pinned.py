@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,12 +53,15 @@ def test_a_run_without_a_readable_record_is_no_pass(tmp_path, text):
     assert "no readable JUnit" in found["problem"]
 
 
-def test_other_versions_than_the_lanes_are_a_configuration_error(monkeypatch, capsys):
+def test_other_versions_than_the_lanes_are_a_configuration_error(tmp_path, monkeypatch, capsys):
+    shutil.copy(pinned.ROOT / pinned.GPU_LOCK.inputs, tmp_path)
+    monkeypatch.setattr(pinned, "ROOT", tmp_path)
     monkeypatch.setattr(pinned, "installed", {"torch": "2.13.0+cpu", "triton": "3.0.0"}.get)
     assert pinned.main([]) == 78
     said = capsys.readouterr().err
     assert "torch 2.13.0, pinned 2.4.1; numpy absent, pinned 1.26.4" in said
     assert "triton" not in said
+    assert json.loads((tmp_path / "artifacts/exit.json").read_text())["code"] == 78
 
 
 def test_the_lanes_own_build_is_not_another_version(monkeypatch):
