@@ -6,6 +6,7 @@ instead of made. So the launch tables are proven by the code that reads them, no
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +23,14 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One specialisation of one kernel.
+    """One specialisation of one kernel: what a process needs to compile it.
 
-    types: Triton's type of each run-time argument; aligned: those that are multiples of 16; ones: those that are 1.
+    home, function: where the kernel is; types: Triton's type of each run-time argument; aligned: those that are
+    multiples of 16; ones: those that are 1.
     """
 
-    kernel: Any
+    home: str
+    function: str
     types: dict[str, str]
     aligned: tuple[str, ...]
     ones: tuple[str, ...]
@@ -38,7 +41,12 @@ class Launch:
     @property
     def name(self) -> str:
         """module.kernel"""
-        return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__.lstrip('_')}"
+        return f"{self.home.rpartition('.')[2]}.{self.function.lstrip('_')}"
+
+    @property
+    def kernel(self) -> Any:
+        """The kernel itself."""
+        return vars(importlib.import_module(self.home))[self.function]
 
 
 @dataclass
@@ -97,4 +105,4 @@ def _launch(kernel: Any, values: tuple[Any, ...], options: dict[str, Any]) -> La
                 ones += [name] * (value == 1)
         else:
             types[name] = "fp32"
-    return Launch(kernel, types, tuple(aligned), tuple(ones), constants, warps, stages)
+    return Launch(kernel.__module__, kernel.__name__, types, tuple(aligned), tuple(ones), constants, warps, stages)

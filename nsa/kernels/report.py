@@ -1,9 +1,9 @@
 """What every kernel needs on every card, compiled here and now, without a GPU: python -m nsa.kernels.report
 
 Compiles each launch that the kernels' host code makes on sm_80, sm_89 and sm_90, over the head layouts, head dims and
-dtypes of `CASES`, with the installed Triton; prints shared memory against the card's limit, registers, spills and
-asynchronous copies. Exit code 1 if an entry does not compile, does not fit or lost its asynchronous copies; 2 where
-there is no Triton.
+dtypes of `CASES`, with the installed Triton and nothing from its cache; prints shared memory against the card's limit,
+registers, spills and asynchronous copies. Exit code 1 if an entry does not compile, does not fit, spills more than its
+type may or lost its asynchronous copies, or if nothing was compiled; 2 where there is no Triton.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +31,17 @@ from nsa.routing import has_kernel
 # Dynamic shared memory that one block may ask for, in bytes.
 SHARED_LIMITS = {80: 166_912, 89: 101_376, 90: 232_448}
 REGISTER_FILE = 65_536  # 32-bit registers that one block may hold, on all three
-# Kernels whose loop over keys must overlap its loads with arithmetic where the launch has a second stage.
-PIPELINED = ("selection.score",)
+# Bytes that a thread may spill, by bytes of an element. The kernels stay below half of it; a tile that is too large for
+# the registers, or an assembler that has lost its way, is far above.
+SPILL_LIMITS = {2: 512, 4: 4096}
+# Kernels whose loop must overlap its loads with arithmetic where the launch has a second stage.
+PIPELINED = (
+    "selection.score",
+    "selected_device.block_forward",
+    "selected_device.block_backward",
+    "selected_device.query_forward",
+)
+MOST_PROCESSES = 8  # a compiler takes half a GB
 COLUMNS = ("kernel", "arch", "case", "shared", "limit", "registers", "spills", "cp_async", "warps", "stages", "verdict")
 
 
@@ -133,6 +145,8 @@ def measure(launch: Launch, sm: int) -> dict[str, Any]:
         complaints.append("shared memory above the limit")
     if -(-registers // 8) * 8 * 32 * launch.warps > REGISTER_FILE:
         complaints.append("registers above the file")
+    if spills > _spill_limit(launch):
+        complaints.append(f"spills more than {_spill_limit(launch)} bytes")
     if launch.name in PIPELINED and launch.stages > 1 and not copies:
         complaints.append("loads are not pipelined")
     return row | {
@@ -142,8 +156,13 @@ def measure(launch: Launch, sm: int) -> dict[str, Any]:
     }
 
 
+def _spill_limit(launch: Launch) -> int:
+    return SPILL_LIMITS[2 if {"*bf16", "*fp16"} & set(launch.types.values()) else 4]
+
+
 def _resources(ptx: str, cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes that it spills. The cubin knows registers; only the assembler tells spills."""
+    """Registers a thread, and bytes that it spills. The cubin knows registers and stack; only the assembler tells what
+    of the stack is spills, and is asked where there is any."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -151,26 +170,49 @@ def _resources(ptx: str, cubin: bytes) -> tuple[int, int]:
     assert target
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "k.ptx"), Path(folder, "k.cubin")
-        source.write_text(ptx)
         binary.write_bytes(cubin)
-        assembler = [str(tools / "ptxas"), "-v", f"--gpu-name={target[1]}", str(source), "-o", f"{folder}/out"]
-        said = subprocess.run(assembler, capture_output=True, text=True, check=True).stderr
         dump = [str(tools / "cuobjdump"), "--dump-resource-usage", str(binary)]
         usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    registers = max(int(found) for found in re.findall(r"REG:(\d+)", usage))
+        registers, stack = (max(int(n) for n in re.findall(rf"{what}:(\d+)", usage)) for what in ("REG", "STACK"))
+        if not stack:
+            return registers, 0
+        source.write_text(ptx)
+        assembler = [str(tools / "ptxas"), "-v", f"--gpu-name={target[1]}", str(source), "-o", f"{folder}/out"]
+        said = subprocess.run(assembler, capture_output=True, text=True, check=True).stderr
     return registers, sum(int(found) for found in re.findall(r"(\d+) bytes spill stores", said))
 
 
-def card(sm: int, cases: tuple[Case, ...], match: str) -> list[dict[str, Any]]:
-    """The rows of one card: each distinct launch under the first case that makes it."""
-    seen: list[Launch] = []
-    rows = []
-    for case in cases:
-        for launch in launches(case, sm):
-            if match in f"{launch.name} {case}" and launch not in seen:
-                seen.append(launch)
-                rows.append({**measure(launch, sm), "case": str(case)})
-    return rows
+def wanted(cases: tuple[Case, ...], match: str) -> list[tuple[int, Case, Launch]]:
+    """(card, case, launch): each distinct launch of a card under the first case that makes it."""
+    found: list[tuple[int, Case, Launch]] = []
+    for sm in SHARED_LIMITS:
+        seen: list[Launch] = []
+        for case in cases:
+            for launch in launches(case, sm):
+                if match in f"{launch.name} {case}" and launch not in seen:
+                    seen.append(launch)
+                    found.append((sm, case, launch))
+    return found
+
+
+def rows(entries: list[tuple[int, Case, Launch]]) -> Iterator[dict[str, Any]]:
+    """The rows of the table, in the order of `entries`, compiled in processes of their own from an empty cache."""
+    processes = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)), len(entries)))
+    with tempfile.TemporaryDirectory() as cache:
+        pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_prepare, initargs=(cache,))
+        with pool:
+            futures = [pool.submit(measure, launch, sm) for sm, _, launch in entries]
+            for (sm, case, launch), future in zip(entries, futures, strict=True):
+                try:
+                    row = future.result()
+                except BrokenProcessPool:
+                    died = "not compiled: the compiler died, in this launch or in another"
+                    row = {"kernel": launch.name, "arch": f"sm_{sm}", "verdict": died}
+                yield {**row, "case": str(case)}
+
+
+def _prepare(cache: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -181,28 +223,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def compiled(match: str) -> list[dict[str, Any]]:
+    """All rows, with a line on stderr for every tenth of them."""
+    entries, done = wanted(CASES, match), []
+    for row in rows(entries):
+        done.append(row)
+        if len(done) * 10 // len(entries) > (len(done) - 1) * 10 // len(entries):
+            wrong = sum(row["verdict"] != "fits" for row in done)
+            print(f"{len(done)} of {len(entries)} launches compiled, {wrong} wrong", file=sys.stderr, flush=True)
+    return done
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nsa.kernels.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the rows there, for the report")
     parser.add_argument("--match", default="", help="only launches whose kernel and case contain this")
     options = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
     try:
         import triton
     except ImportError:
         print("no Triton here: `pip install --no-deps triton` compiles for a GPU without having one", file=sys.stderr)
         return 2
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        cards = [pool.submit(card, sm, CASES, options.match) for sm in SHARED_LIMITS]
-        rows = [{**row, "triton": triton.__version__} for found in cards for row in found.result()]
-    print(table(rows))
-    bad = sum(row["verdict"] != "fits" for row in rows)
-    print(f"Triton {triton.__version__}: {len(rows)} launches compiled, {bad} not as they should be")
+    done = compiled(options.match)
+    wrong = sum(row["verdict"] != "fits" for row in done)
+    print(table(done))
+    print(f"Triton {triton.__version__}: {len(done)} launches compiled, {wrong} not as they should be")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(
-            json.dumps({"kernels": [{n: row.get(n) for n in (*COLUMNS, "triton")} for row in rows]})
-        )
-    return 1 if bad or not rows else 0
+        facts = {"triton": triton.__version__, "launches": len(done), "wrong": wrong}
+        shown = [{name: row.get(name) for name in COLUMNS} for row in done]
+        options.json.write_text(json.dumps({**facts, "kernels": shown}, indent=1) + "\n")
+    return 1 if wrong or not done else 0
 
 
 if __name__ == "__main__":

@@ -95,9 +95,14 @@ def test_strided_inputs(interpreted):
     _agrees(interpreted(_strided, (2, 20, 37, 2, 3, 32, 16), SMALL))
 
 
-@pytest.mark.parametrize(("T", "R"), [(1, 6), (5, 1), (2, 70)])
-def test_few_queries(interpreted, T, R):
-    _agrees(interpreted(_errors, (2, T, 61, 2, R, 16, 16), SMALL))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "R"), [(1, 6), (5, 1), (1, 16), (3, 3)])
+def test_few_queries(interpreted, T, R, dtype):
+    _agrees(interpreted(_errors, (2, T, 61, 2, R, 16, 16), SMALL, dtype), dtype)
+
+
+def test_more_heads_than_one_tile_holds(interpreted):
+    _agrees(interpreted(_errors, (1, 2, 61, 1, 70, 16, 16), SMALL))
 
 
 def _without(slot):
@@ -142,8 +147,8 @@ def test_a_query_without_blocks_gives_zero_and_takes_no_gradient(interpreted):
 
 def _cut():
     """The same inputs uncut, and cut into stretches, chunks and pieces."""
-    shape = (2, 68, 80, 1, 2, 16, 16)
-    small = {"_PARTIAL_BYTES": 25_000, "_WORDS_BYTES": 170, "_PIECE_ROWS": {"forward": 24, "backward": 24}}
+    shape = (1, 68, 80, 1, 2, 16, 16)
+    small = {"_PARTIAL_BYTES": 12_500, "_WORDS_BYTES": 85, "_PIECE_ROWS": {"forward": 24, "backward": 24}}
     whole, parts = (_run(shape, SMALL, torch.float32, **bounds)[1] for bounds in ({}, small))
     same = [torch.equal(whole[i], parts[i]) for i in (0, 1)]
     return same, _errors(shape, SMALL, **small)
