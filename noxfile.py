@@ -116,6 +116,12 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *options, *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """The Triton kernels, interpreted and compiled without a GPU, under the GPU lane's Triton or `-- VERSION`."""
+    session.run("python", "-m", "ci.kernels", *session.posargs, external=True)
+
+
 @nox.session(venv_backend="virtualenv", reuse_venv=True)
 def tests_pinned(session: nox.Session) -> None:
     """The CPU-safe tests on the GPU lane's torch 2.4.1 and Triton 3.0.0, really installed: several GB, so nightly."""

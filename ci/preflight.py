@@ -6,6 +6,7 @@ A failed check carries its exit code: 78 where a person must change something, 7
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +84,9 @@ def unmet(need: str, facts: dict[str, Any]) -> str:
         return "" if facts["torch"].get("cuda") else "needs CUDA, and torch sees none here"
     if need == "network":
         return "" if facts["network"] else "needs the network to fetch its dataset, and there is none here"
+    if need.startswith("tool:"):
+        tool = need.removeprefix("tool:")
+        return "" if shutil.which(tool) else f"needs {tool}, and it is not on PATH"
     count = int(need.removeprefix("gpus>="))
     return "" if devices >= count else f"needs {count} GPUs, and torch sees {devices} here"
 

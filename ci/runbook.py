@@ -17,7 +17,7 @@ else:
 SOURCE = Path(__file__).with_name("runbook.toml")
 KINDS = ("pytest", "script")
 EXPECTATIONS = ("run", "skip_ok", "forbid")
-NEED = re.compile(r"cuda|network|gpus>=[1-9]\d*")
+NEED = re.compile(r"cuda|network|gpus>=[1-9]\d*|tool:[\w-]+")
 
 
 class RunbookError(ValueError):
@@ -166,7 +166,7 @@ def _check(book: Runbook) -> None:
         if step.kind not in KINDS:
             raise RunbookError(f"{step.id}: kind {step.kind!r}; one of {', '.join(KINDS)}")
         if bad := [need for need in step.needs if not NEED.fullmatch(need)]:
-            raise RunbookError(f"{step.id}: needs {bad[0]!r}; one of cuda, gpus>=N, network")
+            raise RunbookError(f"{step.id}: needs {bad[0]!r}; one of cuda, gpus>=N, network, tool:NAME")
         _check_expectations(book, step)
         for item in step.deliverables:
             if item.path in writers:

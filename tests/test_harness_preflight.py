@@ -202,6 +202,16 @@ def test_what_a_need_says_is_what_the_runbook_allows():
         assert any(pattern_matches(step, profile, reason) for reason in reasons)
 
 
+def test_a_tool_that_a_step_needs_is_looked_for_on_the_path():
+    step = next(s for s in BOOK.steps if s.id == "sanitizer")
+    here = machine(H100)
+    assert preflight.unmet("tool:bash", here) == ""
+    reason = preflight.unmet("tool:no-such-tool", here)
+    assert reason == "needs no-such-tool, and it is not on PATH"
+    assert pattern_matches(step, "gpu", reason.replace("no-such-tool", "compute-sanitizer"))
+    assert not pattern_matches(step, "a100", preflight.unmet("cuda", CPU))
+
+
 def pattern_matches(step, profile, reason):
     return any(re.search(pattern, reason) for pattern in step.allowed(profile))
 

@@ -94,7 +94,7 @@ def test_files_named_by_commands_exist():
 
 def test_cpu_runs_whatever_needs_no_gpu():
     open_on_cpu = {step.id for step in BOOK.steps if step.expected("cpu") != "run"}
-    assert open_on_cpu == {"triton_fwd", "triton_bwd", "fa2_varlen", "m7c_ddp"}
+    assert open_on_cpu == {"triton_fwd", "triton_bwd", "sanitizer", "fa2_varlen", "m7c_ddp"}
 
 
 def test_only_cpu_may_skip_for_want_of_a_gpu():

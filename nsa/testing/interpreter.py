@@ -1,8 +1,7 @@
 """Triton's interpreter (TRITON_INTERPRET=1), mended so that kernels run on a CPU with the numbers of a GPU.
 
 As shipped, from 3.0 to 3.9, it keeps bfloat16 as bit patterns in uint16 and computes on those, silently. Here such
-values are widened to fp32 before every operation and rounded to nearest even after it, as the hardware does. What else
-was found wrong in one version or another is mended below, each with its reason.
+values are widened to fp32 before every operation and rounded to nearest even after it, as the hardware does.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ def install() -> None:
     _keep_width(interpreter)
     _heed_false_masks()
     _index_by_one_element(interpreter)
-    _keep_the_type_of_sums(interpreter)
     _read_postponed_annotations(interpreter.GridExecutor)
 
 
@@ -154,20 +152,6 @@ def _index_by_one_element(interpreter: Any) -> None:
         return result
 
     interpreter._patch_lang_tensor = patch
-
-
-def _keep_the_type_of_sums(interpreter: Any) -> None:
-    """Triton 3.0 leaves NumPy's int64 in the sum of int32; a store of it then writes past the end of its tensor."""
-    names = ("ReduceScanOpInterface", "ReduceScanOpIneterface")  # 3.0 spells it so
-    base = next(getattr(interpreter, name) for name in names if hasattr(interpreter, name))
-    stock = base.to_tensor
-
-    def to_tensor(self: Any, ret: Any, dtype: Any) -> Any:
-        if getattr(ret, "shape", None):
-            ret = ret.astype(interpreter._get_np_dtype(dtype), copy=False)
-        return stock(self, ret, dtype)
-
-    base.to_tensor = to_tensor
 
 
 def _read_postponed_annotations(executor: Any) -> None:
