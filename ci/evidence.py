@@ -3,8 +3,8 @@
 A file that is absent is "not written"; one that cannot be read keeps its reason. Neither stops a report.
 
     needle.json    {"cells": [{"S": 2048, "depth": 0.5, "score": 0.98, "passed": true}, ...]}, or the list alone
-    kernels.json   {"kernels": [{"kernel": "selected_fwd", "arch": "sm_80", "registers": 128, ...}, ...]}, or the list
-                   alone; every scalar field is a column
+    kernels.json   {"kernels": [{"kernel": "selected_fwd", "arch": "sm_80", "registers": 128, "verdict": "fits", ...},
+                   ...]}, or the list alone; every scalar field is a column
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ T = TypeVar("T")
 Row = dict[str, float]
 
 NOT_WRITTEN = "not written"
+FITS = "fits"  # the verdict of a launch that its card can hold
 SHOWCASE = "train_showcase"
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 MAX_BYTES = 32 * 2**20  # a report reads figures, not data sets
@@ -131,6 +132,7 @@ def headlines(evidence: Evidence, result: RunResult) -> list[Figure]:
         figures += _train_figures(run)
     figures += _decode_figures(evidence.decode)
     figures.append(_demo_figure(evidence.demo))
+    figures.append(_kernel_figure(evidence.kernels))
     return figures
 
 
@@ -244,6 +246,37 @@ def _demo_figure(demo: Found[dict[str, str]]) -> Figure:
         same = int(expected) == int(said["reads_total"])
         reads += ", as expected" if same else f", expected {int(expected):,}"
     return Figure("long context", time, f"prefill of {num(int(said['S']))} tokens; {reads}")
+
+
+def kernel_groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a kernel and card, in their order: how many launches, the most that one needs, and what is wrong."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((str(row["kernel"]), str(row.get("arch", ""))), []).append(row)
+    found = []
+    for (kernel, arch), members in groups.items():
+        wrong = sorted({str(row["verdict"]) for row in members if row.get("verdict", FITS) != FITS})
+        most = {name: _most(members, name) for name in ("shared", "limit", "registers", "spills", "cp_async")}
+        found.append(
+            {"kernel": kernel, "arch": arch, "launches": len(members), **most, "verdict": ", ".join(wrong) or FITS}
+        )
+    return found
+
+
+def _most(rows: list[dict[str, Any]], name: str) -> float | None:
+    return max((row[name] for row in rows if isinstance(row.get(name), (int, float))), default=None)
+
+
+def _kernel_figure(kernels: Found[list[dict[str, Any]]]) -> Figure:
+    if not kernels.value:
+        return Figure("kernels", kernels.problem, kernels.path)
+    wrong = sum(row.get("verdict", FITS) != FITS for row in kernels.value)
+    cards = ", ".join(dict.fromkeys(str(row.get("arch", "?")) for row in kernels.value))
+    versions = ", ".join(dict.fromkeys(str(row["triton"]) for row in kernels.value if "triton" in row))
+    note = f"compiled for {cards}" + (f" by Triton {versions}" if versions else "")
+    return Figure(
+        "kernels", f"{wrong} of {len(kernels.value)} do not fit" if wrong else f"{len(kernels.value)} fit", note
+    )
 
 
 def _train_run(artifacts: Path, name: str) -> TrainRun:
