@@ -22,7 +22,12 @@ from ci import facts, junit, outcome
 ROOT = Path(__file__).resolve().parent.parent
 LANE = "requirements-gpu-cu121-torch24.txt"
 # What imports Triton and is no test of compiling: the report compiles more.
-NUMBERS = ("nsa/tests/test_kernels_selected.py", "nsa/tests/test_kernels_selection.py", "nsa/tests/test_interpreter.py")
+NUMBERS = (
+    "nsa/tests/test_kernels_selected.py",
+    "nsa/tests/test_kernels_selection.py",
+    "nsa/tests/test_kernels_combine.py",
+    "nsa/tests/test_interpreter.py",
+)
 NUMPY_1 = (3, 2)  # below it the interpreter reads NumPy 1's arrays
 LAST_LINES = 15
 

@@ -122,6 +122,7 @@ def test_draws_what_was_measured(run: Run) -> None:
         "NSA takes 1.2x the time, dense 8x; at the end it is 3x faster than dense (7.2 ms).",
         "Counted reads (dots) equal the expected ones (line) at all 4 lengths.",
         "The needle is found at 1 of 1 lengths and depths.",
+        "1 launches fit; compiled for sm_80.",
         "selected_fwd",
         "Fixture CPU 9000",
         "1 Correctness",

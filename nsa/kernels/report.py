@@ -31,8 +31,8 @@ from nsa.routing import has_kernel
 # Dynamic shared memory that one block may ask for, in bytes.
 SHARED_LIMITS = {80: 166_912, 89: 101_376, 90: 232_448}
 REGISTER_FILE = 65_536  # 32-bit registers that one block may hold, on all three
-# Bytes that a thread may spill, by bytes of an element. Most seen: 1,224 (Triton 3.0, 32 heads a group) and 1,848. A tile
-# too large for the registers, or an assembler that has lost its way, is far above.
+# Bytes that a thread may spill, by bytes of an element. Most seen: 1,224 (Triton 3.0, 32 heads a group) and 1,848. A
+# tile too large for the registers, or an assembler that has lost its way, is far above.
 SPILL_LIMITS = {2: 2048, 4: 4096}
 # Kernels whose loop must overlap its loads with arithmetic where the launch has a second stage.
 PIPELINED = (
@@ -76,7 +76,7 @@ def launches(case: Case, sm: int) -> list[Launch]:
 
     G, H = 2, 2 * case.R
     q, k, lse = tensor(1, case.T, H, case.D), tensor(1, case.S, G, case.D), tensor(1, case.T, H, dtype=torch.float32)
-    blocks = tensor(1, case.T, G, 16, dtype=torch.int32)
+    blocks, logits = tensor(1, case.T, G, 16, dtype=torch.int32), tensor(1, case.T, H, 3)
     modules = {
         op: importlib.import_module(f"nsa.kernels.{op}")
         for op in ("selection", "selected", "combine")
@@ -91,6 +91,9 @@ def launches(case: Case, sm: int) -> list[Launch]:
             modules["selected"].forward(q, k, k, blocks, 64, case.S, False)
             if case.T == case.S:
                 modules["selected"].backward(q, q, k, k, blocks, q, lse, 64, case.S)
+        if "combine" in modules:
+            modules["combine"].forward(q, q, q, logits, False)
+            modules["combine"].backward(q, q, q, q, logits, False)
         if "combine" in modules:
             logits = tensor(1, case.T, H, 3)
             modules["combine"].forward(q, q, q, logits, False)
