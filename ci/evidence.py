@@ -274,9 +274,8 @@ def _kernel_figure(kernels: Found[list[dict[str, Any]]]) -> Figure:
     cards = ", ".join(dict.fromkeys(str(row.get("arch", "?")) for row in kernels.value))
     versions = ", ".join(dict.fromkeys(str(row["triton"]) for row in kernels.value if "triton" in row))
     note = f"compiled for {cards}" + (f" by Triton {versions}" if versions else "")
-    return Figure(
-        "kernels", f"{wrong} of {len(kernels.value)} do not fit" if wrong else f"{len(kernels.value)} fit", note
-    )
+    launches = f"{len(kernels.value)} launches"
+    return Figure("kernels", f"{wrong} of {launches} do not fit" if wrong else f"{launches} fit", note)
 
 
 def _train_run(artifacts: Path, name: str) -> TrainRun:
