@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     flow.add_argument("file", type=Path, metavar="FILE")
     flow.add_argument("--job", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
     flow.add_argument(
+        "--without", action="append", type=_pair, default=[], metavar="NAME=WHY", help="a job this machine cannot run"
+    )
+    flow.add_argument(
         "--matrix", action="append", type=_pair, default=[], metavar="KEY=VALUE", help="which entry of a matrix"
     )
     return options
@@ -190,7 +193,8 @@ def _workflow(args: argparse.Namespace) -> int:
     try:
         with execute.stoppable():
             say = functools.partial(print, flush=True)
-            results = workflow_run.run(args.file, ROOT, jobs=args.job, choices=dict(args.matrix), say=say)
+            choices, without = dict(args.matrix), dict(args.without)
+            results = workflow_run.run(args.file, ROOT, jobs=args.job, choices=choices, say=say, without=without)
     except workflow_run.WorkflowError as error:
         print(f"ci: {error}", file=sys.stderr)
         return outcome.CONFIGURATION

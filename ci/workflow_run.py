@@ -58,19 +58,28 @@ class JobResult:
         return sum(step.seconds for step in self.steps)
 
 
-def run(path: Path, root: Path, *, jobs: list[str], choices: dict[str, str], say: Say) -> list[JobResult]:
-    """Runs the named jobs (all, if none is named) in the order of their needs. Raises WorkflowError before any runs."""
-    return _Workflow(path, load(path), root, choices, say).run(jobs)
+def run(
+    path: Path, root: Path, *, jobs: list[str], choices: dict[str, str], say: Say, without: dict[str, str] | None = None
+) -> list[JobResult]:
+    """Runs the named jobs (all, if none is named) in the order of their needs. Raises WorkflowError before any runs.
+
+    `without` names jobs that this machine cannot run, and why: they are reported as skipped, and no other job waits for
+    them. A job that is merely not named is skipped for those that need it, too.
+    """
+    return _Workflow(path, load(path), root, choices, say, without or {}).run(jobs)
 
 
 def check(path: Path, root: Path, **choices: str) -> list[str]:
     """The jobs in the order they would run; WorkflowError if one could not be run here. Runs nothing."""
-    return list(_Workflow(path, load(path), root, choices, print).plan([]))
+    return list(_Workflow(path, load(path), root, choices, print, {}).plan([]))
 
 
 class _Workflow:
-    def __init__(self, path: Path, data: dict[str, Any], root: Path, choices: dict[str, str], say: Say) -> None:
+    def __init__(
+        self, path: Path, data: dict[str, Any], root: Path, choices: dict[str, str], say: Say, without: dict[str, str]
+    ) -> None:
         self.path, self.data, self.root, self.choices, self.say = path, data, root, choices, say
+        self.without = without
         self.done: dict[str, JobResult] = {}
         self.artifacts: set[str] = set()
         self.github: dict[str, Any] = {
@@ -92,9 +101,10 @@ class _Workflow:
     def plan(self, wanted: list[str]) -> dict[str, _Job | None]:
         """Every job in its order, checked; None for one that was not asked for."""
         jobs: dict[str, dict[str, Any]] = self.data.get("jobs") or {}
-        if unknown := [name for name in wanted if name not in jobs]:
+        if unknown := [name for name in (*wanted, *self.without) if name not in jobs]:
             raise WorkflowError(f"{self.path}: no job {unknown[0]!r}; jobs: {', '.join(jobs)}")
-        asked = {name: not wanted or name in wanted for name in ordered(self.path, jobs)}
+        names = list(ordered(self.path, jobs))
+        asked = {name: (not wanted or name in wanted) and name not in self.without for name in names}
         planned = {name: _Job(self, name, jobs[name]) if yes else None for name, yes in asked.items()}
         for job in planned.values():
             if job:
@@ -104,7 +114,8 @@ class _Workflow:
     def run(self, wanted: list[str]) -> list[JobResult]:
         for name, job in self.plan(wanted).items():
             try:
-                self.done[name] = job.run() if job else JobResult(name, name, "skipped", detail="not asked for")
+                why = self.without.get(name, "not asked for")
+                self.done[name] = job.run() if job else JobResult(name, name, "skipped", detail=why)
             except ExpressionError as error:
                 self.done[name] = JobResult(name, name, "failure", detail=str(error))
         return list(self.done.values())
@@ -118,6 +129,7 @@ class _Job:
             raise WorkflowError(f"{self.where}: calls another workflow; run that one")
         if unknown := sorted(data.keys() - JOB_KEYS):
             raise WorkflowError(f"{self.where}: {unknown[0]} has no meaning here")
+        self.needs = [need for need in needs_of(data) if need not in workflow.without]
         self.matrix = self._matrix()
         self.minutes = float(data.get("timeout-minutes", 360))
         self.steps: dict[str, dict[str, Any]] = {}
@@ -168,9 +180,7 @@ class _Job:
             "inputs": Open(),
             "job": {"status": "failure" if self.failed else "success"},
             "matrix": self.matrix,
-            "needs": {
-                name: {"result": done[name].result, "outputs": {}} for name in needs_of(self.data) if name in done
-            },
+            "needs": {name: {"result": done[name].result, "outputs": {}} for name in self.needs if name in done},
             "runner": {"os": "Linux", "arch": "X64", "temp": tempfile.gettempdir()},
             "steps": self.steps,
             "vars": Open(),
@@ -178,7 +188,7 @@ class _Job:
 
     def run(self) -> JobResult:
         name = self._fill(str(self.data.get("name", self.id)))
-        needed = [self.workflow.done[need].result for need in needs_of(self.data)]
+        needed = [self.workflow.done[need].result for need in self.needs]
         status = {
             "success": lambda: all(result == "success" for result in needed),
             "failure": lambda: "failure" in needed,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,15 +31,12 @@ CONTEXT = {
 
 
 def flow(
-    tmp_path: Path, jobs: str, *, wanted: list[str] | None = None, **choices: str
+    tmp_path: Path, jobs: str, wanted: Sequence[str] = (), without: dict[str, str] | None = None, **choices: str
 ) -> dict[str, workflow_run.JobResult]:
-    """The jobs' results by id; what was said goes to said.txt."""
+    """The jobs' results by id."""
     path = tmp_path / "planted.yml"
     path.write_text(HEAD + textwrap.indent(textwrap.dedent(jobs), "  "))
-    with (tmp_path / "said.txt").open("w") as said:
-        done = workflow_run.run(
-            path, tmp_path, jobs=wanted or [], choices=choices, say=lambda line: print(line, file=said, flush=True)
-        )
+    done = workflow_run.run(path, tmp_path, jobs=list(wanted), choices=choices, say=lambda line: None, without=without)
     return {job.id: job for job in done}
 
 
@@ -109,6 +107,24 @@ def test_a_failure_ends_the_job_but_for_steps_that_run_always(tmp_path):
     assert not (tmp_path / "reached").exists()
     assert (tmp_path / "cleaned").exists()
     assert (tmp_path / "told").exists()
+
+
+def test_a_job_that_this_machine_cannot_run_is_reported_and_holds_nobody_up(tmp_path):
+    jobs = """
+    first: {timeout-minutes: 1, steps: [{run: touch started}]}
+    gate:
+      if: ${{ always() }}
+      needs: [first, other]
+      timeout-minutes: 1
+      steps: [{run: 'echo "${{ join(needs.*.result, '' '') }}" > results'}]
+    other: {timeout-minutes: 1, steps: [{run: ls}]}
+    """
+    done = flow(tmp_path, jobs, without={"first": "no engine here"})
+    assert (done["first"].result, done["first"].detail) == ("skipped", "no engine here")
+    assert (tmp_path / "results").read_text() == "success\n"
+    flow(tmp_path, jobs, wanted=["other", "gate"])
+    assert (tmp_path / "results").read_text() == "skipped success\n", "not asked for is no excuse"
+    assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.parametrize("script", ["false\ntrue", "false | true", "echo $(exit 3); x=$(exit 3); true"])
