@@ -317,7 +317,7 @@ PLANTED = [
     (evidence_is_kept_whatever_happens, GPU, "bundle-${{ matrix.profile }}", "bundle"),
     (junit_and_bundle_are_uploaded, CI, "name: bundle-cpu", "name: things-cpu"),
     (junit_and_bundle_are_uploaded, CI, "name: junit-tests", "name: things-tests"),
-    (every_job_reaches_the_gate, CI, "needs: [lint, cpu, tests", "needs: [lint, cpu"),
+    (every_job_reaches_the_gate, CI, "needs: [lint, cpu, image, tests", "needs: [lint, cpu, tests"),
     (every_job_reaches_the_gate, CI, "    if: ${{ always() }}\n    needs", "    needs"),
     (every_job_reaches_the_gate, GPU, "needs: [vetted, readiness, performance]", "needs: [readiness, performance]"),
     (a_gate_counts_success_alone, CI, "^success(\\ success)*$", "(success|skipped)"),
@@ -372,7 +372,7 @@ def test_gpu_runs_on_each_machine_that_the_runbook_names():
 
 
 def test_the_local_gate_can_run_every_job_of_ci():
-    assert ".venv/bin/python -m ci workflow .github/workflows/ci.yml\n" in (ROOT / ".ci/run").read_text()
+    assert ".venv/bin/python -m ci workflow .github/workflows/ci.yml " in (ROOT / ".ci/run").read_text()
     pythons = {p for _, _, body in jobs(FILES) for p in body.get("strategy", {}).get("matrix", {}).get("python", [])}
     assert workflow_run.PYTHON in pythons
     assert workflow_run.check(ROOT / ".github/workflows" / CI, ROOT) == list(parsed(FILES[CI])["jobs"])
