@@ -341,12 +341,26 @@ def _in_group(command: list[str], folder: Path, environment: dict[str, str], dea
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to what is left of the group, time to end by itself, then SIGKILL."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signum)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-            return
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline:
+            process.poll()
+            if not _alive(process.pid):
+                return
+            time.sleep(0.05)
+
+
+def _alive(group: int) -> bool:
+    """Is there a process of the group that is not a zombie? One that nobody reaps would be there for ever."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended in between
+            state, _, pgrp = path.read_text().rsplit(")", 1)[1].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                return True
+    return False
 
 
 def _pairs(path: Path) -> dict[str, str]:

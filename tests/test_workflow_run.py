@@ -135,7 +135,7 @@ def test_bash_stops_at_the_first_failure(tmp_path, script):
 
 def test_a_step_past_its_time_is_ended_with_its_children(tmp_path):
     started = time.monotonic()
-    jobs = "first: {timeout-minutes: 0.02, steps: [{run: 'sleep 60 & echo $! > child; wait'}]}"
+    jobs = "first: {timeout-minutes: 0.1, steps: [{run: 'sleep 60 & echo $! > child; wait'}]}"
     done = flow(tmp_path, jobs)
     assert (done["first"].result, outcomes(done["first"])) == ("failure", ["cancelled"])
     assert time.monotonic() - started < 30
