@@ -153,7 +153,7 @@ def evidence_is_kept_whatever_happens(files: Files) -> Found:
 def junit_and_bundle_are_uploaded(files: Files) -> Found:
     for name, job, body in jobs(files):
         script = "\n".join(step.get("run", "") for step in body.get("steps", []))
-        if not re.search(r"ci/nox -s (readiness|tests\w*|image -- gpu)\b", script):
+        if not re.search(r"ci/nox -s (readiness|tests\w*|image -- (--network bridge )?(gpu|cpu)$)", script, re.M):
             continue
         prefixes = ("junit-",) if "-s tests" in script else ("junit-", "bundle-")
         mine = [step["with"]["name"] for step in body["steps"] if "upload-artifact" in step.get("uses", "")]
@@ -316,6 +316,7 @@ PLANTED = [
     (evidence_is_kept_whatever_happens, CI, "-${{ github.run_attempt }}", ""),
     (evidence_is_kept_whatever_happens, GPU, "bundle-${{ matrix.profile }}", "bundle"),
     (junit_and_bundle_are_uploaded, CI, "name: bundle-cpu", "name: things-cpu"),
+    (junit_and_bundle_are_uploaded, GPU, "name: bundle-", "name: things-"),
     (junit_and_bundle_are_uploaded, CI, "name: junit-tests", "name: things-tests"),
     (every_job_reaches_the_gate, CI, "needs: [lint, cpu, image, tests", "needs: [lint, cpu, tests"),
     (every_job_reaches_the_gate, CI, "    if: ${{ always() }}\n    needs", "    needs"),
