@@ -5,6 +5,9 @@ import torch
 from nsa import routing
 from nsa.config import NSAConfig
 
+# Below this many elements the operator costs more on the host than the plain form's four launches.
+_FEW_ELEMENTS = 1 << 20
+
 
 def gates(logits: torch.Tensor, cfg: NSAConfig) -> torch.Tensor:
     """Gate logits [B,T,H,3] (cmp, sel, win) -> gates [B,T,H,3]: a sigmoid each, or a softmax over the three."""
@@ -43,8 +46,8 @@ def combine(
     if logits.shape != (*cmp.shape[:-1], 3):
         raise ValueError(f"combine: logits have shape {tuple(logits.shape)}; expected {[*cmp.shape[:-1], 3]}")
     softmax = cfg.gate == "softmax"
-    # Off a GPU the operator has nothing to choose from, and would cost more than the sum of a decoded token.
-    if backend == "reference" or (backend is None and not cmp.is_cuda):
+    # Off a GPU the operator has nothing to choose from.
+    if backend == "reference" or (backend is None and not (cmp.is_cuda and cmp.numel() >= _FEW_ELEMENTS)):
         return _reference(cmp, sel, win, logits, softmax)
     return _combine(cmp, sel, win, logits, softmax, backend)
 

@@ -61,11 +61,19 @@ def test_compiled_it_is_one_graph_with_the_same_numbers(needs, launched, gate):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_one_token_costs_no_operator(needs):
+    needs("combine", "triton")
+    inputs = cases.tensors((4, 1, 12, 64), torch.bfloat16, device="cuda")
+    before = routing.launches.copy()
+    cases.by_autograd(inputs, False, torch.bfloat16, None)
+    assert routing.launches == before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_unasked_it_is_right_whatever_runs(needs, dtype):
     """Proven on this card or not; fp64 is no kernel's."""
     needs("combine", "triton")
-    inputs = [x.to(dtype) for x in cases.tensors((2, 333, 12, 64), torch.float32, device="cuda")]
+    inputs = [x.to(dtype) for x in cases.tensors((2, 1333, 12, 64), torch.float32, device="cuda")]
     before = routing.launches.copy()
     got = cases.by_autograd(inputs, True, dtype, None)
     assert {op for op, _ in routing.launches - before} == {"combine", "combine_backward"}
