@@ -120,7 +120,7 @@ def test_a_skip_that_cpu_allows_is_vacuous_on_a_gpu(everything):
     assert contract.judge_step(STEPS["allowed_skip"], "gpu", record, artifacts).verdict == "VACUOUS"
 
 
-@pytest.mark.parametrize("name", ["good", "fails", "skips", "collects_nothing", "no_deliverable", "wrong_header"])
+@pytest.mark.parametrize("name", CODES)
 def test_nox_fails_and_exit_json_holds_the_code(tmp_path, name):
     """The repository's own session, whose one line names a planted stage."""
     noxfile = tmp_path / "noxfile.py"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -280,6 +281,17 @@ def test_the_command_line_reaches_the_container(what, command, judged):
     gpu = engine_command.request(options.parse_args(["image", "--gpus", "0,1", "gpu"]), "name")
     assert gpu.gpus == "0,1"
     assert engine_command.request(options.parse_args(["image", "gpu"]), "name").gpus == "all"
+
+
+def test_every_command_of_the_page_is_in_the_gate_or_says_why_not():
+    gate = (ROOT / ".ci/run").read_text() + (ROOT / ".github/workflows/ci.yml").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/containers.md").read_text(), re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) > 10
+    for line in lines:
+        command, _, comment = line.partition("#")
+        ran = command.strip() in gate or command.strip().removeprefix('eval "$(').removesuffix(')"') in gate
+        assert ran or re.match(r" not in the gate[^:]*: ?\S|.*not in the gate, minutes", comment), line
 
 
 def test_no_module_shadows_the_sdk():
