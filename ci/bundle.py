@@ -69,13 +69,19 @@ def _contents(artifacts: Path, result: RunResult, runbook: Path) -> tuple[dict[s
     members: dict[str, bytes] = {RUNBOOK: runbook.read_bytes()}
     if hashlib.sha256(members[RUNBOOK]).hexdigest() != result.env.get("runbook_sha256", digest(runbook)):
         raise BundleError(f"{runbook.name}: changed since the run was judged by it; run: python -m ci report")
+    if redactor.mask(RUNBOOK, members[RUNBOOK]) != members[RUNBOOK]:
+        raise BundleError(f"{runbook.name}: holds a secret, and is packed as it is; take it out")
     originals: dict[str, str] = {}
     checkpoints, left_out = [], []
     since = min([result.started, *(step.started for step in result.steps if step.started)])
     for path in sorted(p for p in artifacts.rglob("*") if p.is_symlink() or not p.is_dir()):
         name = f"artifacts/{path.relative_to(artifacts).as_posix()}"
+        raw = os.fsencode(name)
+        masked = redactor.mask(name, raw)
         reason = _left_out(path, name, since)
-        if reason == CHECKPOINT:
+        if masked != raw:
+            left_out.append({"path": masked.decode(errors="replace"), "why": "its name holds a secret; rename it"})
+        elif reason == CHECKPOINT:
             checkpoints.append({"path": name, "size": path.stat().st_size, "sha256": digest(path)})
         elif reason:
             left_out.append({"path": name.encode(errors="replace").decode(), "why": reason})

@@ -18,6 +18,7 @@ from typing import IO
 from ci import outcome
 from ci.contract import digest, local
 from ci.outcome import FileRecord, StepRecord
+from ci.redact import Redactor, secrets_in
 from ci.runbook import Step
 
 HEARTBEAT_S = 60.0
@@ -105,6 +106,7 @@ def run(step: Step, context: Context) -> StepRecord:
         finally:
             _end_group(process)
     wall = time.monotonic() - clock
+    Redactor(secrets_in(os.environ)).mask_written(context.artifacts, started)
     record = _record(
         step,
         context,

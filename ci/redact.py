@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 SECRET_NAME = re.compile(
-    r"(?:^|[^A-Z0-9])(?:TOKENS?|SECRETS?|PASS|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|KEY|APIKEY|AUTH|COOKIE|PAT)"
-    r"(?:[^A-Z0-9]|$)",
+    r"(?:(?:^|[^A-Z0-9])(?:TOKENS?|SECRETS?|CREDENTIALS?|PASS|KEY|AUTH|COOKIE|PAT|PWD)"
+    r"|(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|SSHPASS|APIKEY))(?:[^A-Z0-9]|$)",
     re.IGNORECASE,
 )
 MIN_SECRET = 8  # shorter values ("true", a port) occur in every log
+MIN_LINE = 16  # of a secret of several lines: a line alone is masked too, since logs indent
+MAX_MASKED = 64 * 2**20  # larger files are data sets and weights, not logs
 URL_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
+URL_LOGIN = re.compile(rb"(://[^/\s:@]*:)[^/\s@]{3,}(?=@)")
 TOKEN_FORMATS = re.compile(
-    rb"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,}|hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}"
-    rb"|xox[abpr]-[A-Za-z0-9-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
+    rb"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,}|glpat-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|npm_[A-Za-z0-9]{36,}"
+    rb"|pypi-[\w-]{50,}|dckr_pat_[\w-]{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|xox[abpr]-[A-Za-z0-9-]{20,}"
+    rb"|(?<![A-Za-z0-9])sk-[\w-]{32,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"
+    rb"|(?i:authorization[\"']?\s*[:=]\s*[\"']?(?:basic|bearer|token)\s+)[\w.~+/=-]{8,}"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:(?s:.{0,20000}?)-----END [A-Z ]*PRIVATE KEY-----|[\w+/=\\\s:,-]*)"
 )
 HOST = re.compile(rb'(<testsuite\b[^>]*?) hostname="[^"]*"')
 
@@ -47,20 +54,48 @@ class Redactor:
 
     def clean(self, name: str, data: bytes) -> bytes:
         """The bytes as they may be published. SecretFound names the file and the variable if they cannot be masked."""
-        text = b"\0" not in data[:8192]
-        for value, variable in self._secrets:
-            if value in data:
-                if not text:
-                    raise SecretFound(f"{name}: holds the value of ${variable} in a binary file; remove it")
-                data = data.replace(value, f"[masked:{variable}]".encode())
-        if not text:
-            if TOKEN_FORMATS.search(data):
-                raise SecretFound(f"{name}: holds an access token in a binary file; remove it")
+        data = self.mask(name, data)
+        if _is_binary(data):
             return data
-        data = TOKEN_FORMATS.sub(b"[masked:token]", data)
         for pattern, mark in self._paths:
             data = pattern.sub(mark, data)
         return HOST.sub(rb"\1", data) if name.endswith(".xml") else data
+
+    def mask(self, name: str, data: bytes) -> bytes:
+        """The bytes without secrets; paths and host names stay. SecretFound as in `clean`."""
+        binary = _is_binary(data)
+        for value, variable in self._secrets:
+            if value in data:
+                if binary:
+                    raise SecretFound(f"{name}: holds the value of ${variable} in a binary file; remove it")
+                data = data.replace(value, f"[masked:{variable}]".encode())
+        if binary:
+            if TOKEN_FORMATS.search(data):
+                raise SecretFound(f"{name}: holds an access token in a binary file; remove it")
+            return data
+        return URL_LOGIN.sub(rb"\1[masked:login]", TOKEN_FORMATS.sub(b"[masked:token]", data))
+
+    def mask_written(self, folder: Path, since: float) -> None:
+        """Masks the text files below `folder` that were written since then, in place; their times stay.
+
+        So what one process knows to be secret is gone before another, which does not, packs or uploads the file. Binary
+        files are left to `clean`, which refuses them.
+        """
+        for path in sorted(folder.rglob("*")):
+            if path.is_symlink() or not path.is_file():
+                continue
+            stat = path.stat()
+            if stat.st_mtime < since or stat.st_size > MAX_MASKED:
+                continue
+            data = path.read_bytes()
+            masked = data if _is_binary(data) else self.mask(path.name, data)
+            if masked != data:
+                path.write_bytes(masked)
+                os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def _is_binary(data: bytes) -> bool:
+    return b"\0" in data[:8192]
 
 
 def secrets_in(variables: Mapping[str, str]) -> dict[str, str]:
@@ -80,9 +115,25 @@ def _names_a_file(value: str) -> bool:
 
 
 def _forms(value: str) -> Iterable[bytes]:
-    raw = value.encode()
-    spelled = (json.dumps(value)[1:-1], repr(value)[1:-1], escape(value), quote(value, safe=""))
-    return {raw, base64.b64encode(raw).rstrip(b"="), *(form.encode() for form in spelled)}
+    """How a value is spelled in logs, JSON, XML, URLs and headers; each long line of it alone, too."""
+    lines = [line.strip() for line in value.splitlines()] if "\n" in value else []
+    found: set[bytes] = set()
+    for text in (value, *(line for line in lines if len(line) >= MIN_LINE)):
+        spelled = (text, json.dumps(text)[1:-1], repr(text)[1:-1], escape(text), quote(text, safe=""), quote(text))
+        found |= {form.encode() for form in (*spelled, quote_plus(text), text.encode().hex())}
+        found |= {text.encode("utf-16-le"), base64.b64encode(text.encode()).rstrip(b"=")}
+        found |= set(_base64_forms(text.encode()))
+    return found
+
+
+def _base64_forms(raw: bytes) -> Iterable[bytes]:
+    """The value inside a longer base64 text, as in `user:password`: the characters that no neighbour has a part in."""
+    for shift, first in ((0, 0), (1, 2), (2, 3)):
+        encoded = base64.b64encode(b"\0" * shift + raw)
+        last = (shift + len(raw)) * 8 // 6
+        inner = encoded[first:last]
+        if len(inner) >= MIN_SECRET:
+            yield from (inner, inner.translate(bytes.maketrans(b"+/", b"-_")))
 
 
 def _path_pattern(path: Path) -> re.Pattern[bytes]:
