@@ -38,6 +38,7 @@ SPILL_LIMITS = {2: 2048, 4: 4096}
 PIPELINED = (
     "selection.score",
     "selected_device.block_forward",
+    "selected_device.near_forward",
     "selected_device.block_backward",
     "selected_device.query_forward",
 )

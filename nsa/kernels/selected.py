@@ -37,6 +37,8 @@ _KEY_BYTES = 32 << 10
 # Cards whose blocks may hold 160 KB of shared memory or more; others hold 99 KB, and half the keys.
 _ROOMY = (80, 90, 100)
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# Some tiles get 32 registers and 6 to 20 KB of spills a thread from Triton 3.0's assembler, or kill its compiler.
+_OLD = _VERSION < (3, 2)
 _MOST_DIM = 256
 
 
@@ -55,11 +57,12 @@ def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
     Times on sm_90, of 6 to 12 candidates each: docs/kernels.md. Elsewhere what compiles within the card's memory.
     """
     if itemsize == 4:
-        # Triton 3.0's assembler gives the backward of 32 rows 32 registers on sm_80, and spills 20 KB a thread.
-        lost = kernel == "backward" and _VERSION < (3, 2)
-        return Launch(32 if dim <= 64 and not lost else 16, 4, 1)
+        if _OLD and (kernel == "backward" or (kernel == "near" and dim > 64)):
+            return Launch(16, 4 if kernel == "backward" else 8, 1)
+        return Launch(32 if dim <= 64 else 16, 4, 1)
     if dim > 128:
-        return Launch(64 if kernel != "backward" and sm in _ROOMY else 32, 8, 1)
+        roomy = kernel != "backward" and sm in _ROOMY and not (_OLD and kernel == "near")
+        return Launch(64 if roomy else 32, 8, 1)
     if kernel == "near":
         return Launch(64, 4, 2)
     if kernel == "forward":
