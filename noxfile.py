@@ -1,7 +1,7 @@
 """Sessions of the readiness harness, one a stage of the runbook. `ci/nox -l` lists them, `ci/nox -s NAME` runs one.
 
-The sessions use the interpreter that runs nox (`ci/nox` makes a .venv for it); arguments after `--` go to pytest, and
-prove nothing: a stage run with them fails.
+The sessions use the interpreter that runs nox (`ci/nox` makes a .venv for it), but for those whose tools or versions
+would not fit there. A stage's arguments after `--` go to pytest, and prove nothing: a stage run with them fails.
 """
 
 import sys
