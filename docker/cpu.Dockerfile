@@ -44,9 +44,10 @@ RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends tini &&
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/image.json /opt/image.json
 COPY --from=build /opt/nsa /opt/nsa
+# PET_LOCAL_ADDR: a container without a network cannot resolve its own name, which torchrun would go by.
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONPATH=/opt/nsa \
     HOME=/tmp/nsa USER=nsa TRITON_CACHE_DIR=/tmp/nsa/triton TORCHINDUCTOR_CACHE_DIR=/tmp/nsa/inductor \
-    HF_HOME=/tmp/nsa/huggingface NSA_CI_IMAGE=/opt/image.json NSA_CI_PROFILE=cpu
+    HF_HOME=/tmp/nsa/huggingface PET_LOCAL_ADDR=localhost NSA_CI_IMAGE=/opt/image.json NSA_CI_PROFILE=cpu
 LABEL org.opencontainers.image.title="nsa-readiness cpu" \
       org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.revision="${REVISION}" \
