@@ -22,6 +22,7 @@ from nsa.ops.selection import select_blocks
 from nsa.ops.window import sliding_window_attention
 
 NSA_PARTS = ("phi", "cmp", "choice", "sel", "win", "combine")
+_NO_GROUPS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 5)
 WHOLE = "attention"
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 DENSE = (*SDPA, "fa3")
@@ -112,13 +113,16 @@ def dense(name: str, inputs: QKV) -> Part:
     """Causal attention over all of S by `name` of DENSE, in the layout that it likes best."""
     if name == "fa3":
         return Part("dense-fa3", _FlashAttention3.apply, leaves(*inputs))
-    by_head = (x.transpose(1, 2).contiguous() for x in inputs)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in inputs)
+    options = {"enable_gqa": True}
+    if _NO_GROUPS:  # every head gets keys and values of its own, before the clock starts
+        options, (k, v) = {}, (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(SDPA[name]):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
 
-    return Part(f"dense-{name}", run, leaves(*by_head))
+    return Part(f"dense-{name}", run, leaves(q, k, v))
 
 
 def load_fa3(library: Path) -> None:
