@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from nsa import cli, measure
-from nsa.attention import NativeSparseAttention, Rope
+from nsa.attention import NativeSparseAttention
 from nsa.blocks import n_compressed, reads, reads_range
 from nsa.cache import KVCache
 from nsa.config import ModelConfig
@@ -30,6 +30,7 @@ from nsa.ops.selected import selected_attention
 from nsa.ops.selection import select_blocks
 from nsa.ops.window import sliding_window_attention
 from nsa.records import CsvLog, DecodeRow, table
+from nsa.rope import Rope
 
 DEFAULTS = {"B": 1, "dim": 256, "heads": 8, "groups": 2, "dk": 32, "dv": 32, "l": 32, "d": 16, "l_sel": 64}
 PREFILL_TILE = 1024
@@ -68,13 +69,14 @@ class Dense:
         sizes["o"] = (H * cfg.d_v, cfg.dim)
         self.project = torch.nn.ModuleDict({name: torch.nn.Linear(*size, bias=False) for name, size in sizes.items()})
         self.project.to(device, dtype)
+        self.rope = Rope.of(cfg, 0, max_len, device, dtype)
         self.k = torch.randn(batch, G, max_len, cfg.d_k, device=device, dtype=dtype)
         self.v = torch.randn(batch, G, max_len, cfg.d_v, device=device, dtype=dtype)
 
     def step(self, x: torch.Tensor, S: int) -> torch.Tensor:
         """x [B,1,dim], the token at position S-1 -> [B,1,dim]."""
         cfg, p = self.cfg, self.project
-        rope = Rope.of(cfg, S - 1, 1, x.device, x.dtype)
+        rope = self.rope.part(S - 1, 1)
         q = rope.tokens(p["q"](x).unflatten(-1, (cfg.n_heads, cfg.d_k)))
         k = rope.tokens(p["k"](x).unflatten(-1, (cfg.n_kv_groups, cfg.d_k)))
         self.k[:, :, S - 1], self.v[:, :, S - 1] = k[:, 0], p["v"](x).unflatten(-1, (cfg.n_kv_groups, cfg.d_v))[:, 0]
@@ -99,8 +101,7 @@ class Sparse:
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         """Feed x [B,T,dim] after what the cache holds -> [B,T,dim]."""
-        rope = Rope.of(self.cfg, self.cache.length, x.shape[1], self.device, self.dtype)
-        return self.attention(x, rope, self.cache.layers[0])
+        return self.attention(x, self.cache.rope(x.shape[1], x), self.cache.layers[0])
 
     def grow(self, length: int) -> None:
         """Prefill up to `length` positions, by tiles."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
@@ -16,50 +14,7 @@ from nsa.ops.compressed import compressed_attention
 from nsa.ops.selected import selected_attention
 from nsa.ops.selection import select_blocks
 from nsa.ops.window import sliding_window_attention
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [B,T,heads,D] by angles whose cos and sin are [T,D/2]; half-split pairs, each head by itself."""
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding of head dim D for the T positions from `start` on, angle position / scale * theta^(-2i/D)."""
-
-    cos: torch.Tensor  # [T, D/2]
-    sin: torch.Tensor
-    start: int
-    theta: float
-    scale: float
-
-    @staticmethod
-    def of(cfg: ModelConfig, start: int, T: int, device: torch.device, dtype: torch.dtype) -> Rope:
-        """Tables for positions start .. start+T-1, fp32 (fp64 where dtype is fp64)."""
-        cos, sin = _angles(start, 1, T, cfg.d_k, cfg.rope_theta, cfg.rope_scale, device, dtype)
-        return Rope(cos, sin, start, cfg.rope_theta, cfg.rope_scale)
-
-    def tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate x [B,T,heads,D] at this rope's own positions."""
-        return rotate(x, self.cos, self.sin)
-
-    def strided(self, x: torch.Tensor, first: int, step: int) -> torch.Tensor:
-        """Rotate x [B,n,heads,D] at positions first, first + step, ..."""
-        n, D = x.shape[1], x.shape[3]
-        return rotate(x, *_angles(first, step, n, D, self.theta, self.scale, x.device, self.cos.dtype))
-
-
-def _angles(
-    first: int, step: int, n: int, dim: int, theta: float, scale: float, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # In fp64: at position 65,536 an fp32 product is already off by thousandths of a radian.
-    positions = (torch.arange(n, device=device, dtype=torch.float64) * step + first) / scale
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
-    angles = positions[:, None] * frequencies
-    table = torch.promote_types(dtype, torch.float32)
-    return angles.cos().to(table), angles.sin().to(table)
+from nsa.rope import Rope
 
 
 class NativeSparseAttention(nn.Module):
@@ -92,9 +47,8 @@ class NativeSparseAttention(nn.Module):
         if cache is not None:
             cache.check_room(T)
         q = rope.tokens(self.q_proj(x).view(B, T, cfg.n_heads, cfg.d_k))
-        k_raw, k_sel, k_win = self._branches(self.k_proj(x), cfg.d_k)
-        v_raw, v_sel, v_win = self._branches(self.v_proj(x), cfg.d_v)
-        k_sel, k_win = rope.tokens(k_sel), rope.tokens(k_win)
+        k_raw, k_sel, k_win = self._keys(x, rope)
+        v_raw, v_sel, v_win = self._values(x)
 
         reads: list[torch.Tensor | None]
         if cache is None:
@@ -114,10 +68,18 @@ class NativeSparseAttention(nn.Module):
         logits = self.gate_proj(x).view(B, T, cfg.n_heads, 3)
         return self.o_proj(combine(cmp, sel, win, logits, nsa).flatten(2))
 
-    def _branches(self, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
-        """[B,T,branches*G*D] -> the K or V of cmp, sel, win, each [B,T,G,D]."""
-        parts = x.unflatten(-1, (-1, self.cfg.n_kv_groups, dim))
-        return parts.expand(-1, -1, 3, -1, -1).unbind(2) if self.cfg.nsa.shared_kv else parts.unbind(2)
+    def _keys(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, ...]:
+        """x [B,T,dim] -> the keys of cmp, not rotated, and those of sel and win, rotated; each [B,T,G,Dk]."""
+        G, keys = self.cfg.n_kv_groups, self.k_proj(x).unflatten(-1, (-1, self.cfg.d_k))
+        if self.cfg.nsa.shared_kv:
+            rotated = rope.tokens(keys)
+            return keys, rotated, rotated
+        return keys[:, :, :G], *rope.tokens(keys[:, :, G:]).split(G, 2)
+
+    def _values(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x [B,T,dim] -> the values of cmp, sel, win; each [B,T,G,Dv]."""
+        values = self.v_proj(x).unflatten(-1, (-1, self.cfg.d_v))
+        return (values,) * 3 if self.cfg.nsa.shared_kv else values.split(self.cfg.n_kv_groups, 2)
 
     def _compress(
         self, k_raw: torch.Tensor, v_raw: torch.Tensor, rope: Rope, first: int

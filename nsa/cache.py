@@ -9,6 +9,10 @@ import torch
 
 from nsa.blocks import Reads, n_compressed
 from nsa.config import ModelConfig
+from nsa.rope import Rope
+
+# Positions of a table of rotations: making one costs as much as a step of one layer.
+_ROPE_TABLE = 256
 
 
 class BranchKV:
@@ -98,6 +102,7 @@ class KVCache:
     ) -> None:
         self.cfg, self.batch = cfg, batch
         self.layers = [LayerCache(cfg, batch, max_len, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
+        self._table: Rope | None = None
 
     @property
     def length(self) -> int:
@@ -110,6 +115,16 @@ class KVCache:
             raise ValueError(f"cache holds {self.batch} batch rows, but ids have {batch}; build it with batch={batch}")
         if cfg != self.cfg:
             raise ValueError("cache was built for another ModelConfig than the model's; build it with model.cfg")
+
+    def rope(self, T: int, x: torch.Tensor) -> Rope:
+        """The rotation of the next T positions, for inputs like x; of a few, out of a table that lasts many calls."""
+        start = self.length
+        if T >= _ROPE_TABLE:
+            return Rope.of(self.cfg, start, T, x.device, x.dtype)
+        if self._table is None or not self._table.covers(start, T, x):
+            with torch.inference_mode(False):  # it may outlive the mode that this call runs in
+                self._table = Rope.of(self.cfg, start, _ROPE_TABLE, x.device, x.dtype)
+        return self._table.part(start, T)
 
     def rewind(self, n: int) -> None:
         """Forget the last n positions of every layer."""

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import checkpoint
 
-from nsa.attention import NativeSparseAttention, Rope
+from nsa.attention import NativeSparseAttention
 from nsa.cache import KVCache, LayerCache
 from nsa.config import ModelConfig
+from nsa.rope import Rope
 
 # Tokens whose logits exist at one time in `loss`: 1024 x 50,257 in fp32 is 206 MB, a whole 4k sequence 823 MB.
 _LOSS_CHUNK = 1024
@@ -81,9 +82,9 @@ class Transformer(nn.Module):
             raise ValueError(f"ids have shape {tuple(ids.shape)}; expected [B, T] with at least one row and one token")
         if cache is not None:
             cache.check_fits(self.cfg, len(ids))
-        start = 0 if cache is None else cache.length
         x = self.embed(ids)
-        rope = Rope.of(self.cfg, start, ids.shape[1], ids.device, x.dtype)
+        T = ids.shape[1]
+        rope = Rope.of(self.cfg, 0, T, ids.device, x.dtype) if cache is None else cache.rope(T, x)
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 x = block(x, rope, cache.layers[i])

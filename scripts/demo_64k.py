@@ -17,10 +17,11 @@ from functools import partial
 import torch
 
 from nsa import cli, measure, routing
-from nsa.attention import NativeSparseAttention, Rope
+from nsa.attention import NativeSparseAttention
 from nsa.blocks import Reads, reads_range
 from nsa.cache import KVCache
 from nsa.config import ModelConfig
+from nsa.rope import Rope
 
 DEFAULTS = {"B": 1, "dim": 512, "heads": 8, "groups": 2, "dk": 64, "dv": 64, "l": 32, "d": 16, "l_sel": 64}
 

@@ -67,6 +67,10 @@ def forward(
         return out.transpose(1, 2), lse
     if q.device.type != "cpu" or not q.numel():
         return _forward_plain(q, k, v, scale, causal, mask)
+    if q.shape[2] == 1 and mask is None and q.shape[1] > k.shape[1]:
+        # With one query the heads of a group can stand as its rows: no key is read twice.
+        out, lse = forward(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, scale)
+        return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
     width = max(q.shape[-1], v.shape[-1])
     q, k, v_wide = _widen(q, width), _widen(k, width), _widen(v, width)
     k, v_wide = _per_head(k, q.shape[1]), _per_head(v_wide, q.shape[1])

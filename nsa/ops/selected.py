@@ -55,6 +55,30 @@ def _gathered(
     return out.flatten(2, 3).to(q.dtype), lse.flatten(2, 3), valid.sum((1, 3))
 
 
+def _by_query(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, l_sel: int, S: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_gathered` for a few queries on a CPU: a group's heads are the rows of one dense problem over its tokens."""
+    B, T, H, D = q.shape
+    G, N = blocks.shape[2:]
+    inside = torch.arange(l_sel, device=q.device)
+    tokens = (blocks.unsqueeze(-1) * l_sel + inside).view(B, T, G, N * l_sel)
+    valid = (tokens >= 0) & (tokens <= torch.arange(S - T, S, device=q.device)[:, None, None])
+    read = valid.sum(-1)
+    rows = tokens.clamp_(0, S - 1).mul_(G).add_(torch.arange(G, device=q.device)[:, None])
+
+    def take(x: torch.Tensor) -> torch.Tensor:
+        """[B,S,G,D] -> [B*T*G,1,N*l',D]; by batch row it copies no cache."""
+        flat = [one[:S].reshape(S * G, x.shape[3]) for one in x]
+        found = [one.index_select(0, i.flatten()) for one, i in zip(flat, rows, strict=True)]
+        return (found[0] if B == 1 else torch.cat(found)).view(B * T * G, 1, N * l_sel, x.shape[3])
+
+    mask = dense.additive(valid.view(B * T * G, 1, 1, -1), q.dtype).expand(-1, -1, H // G, -1)
+    out, lse = dense.forward(q.reshape(B * T * G, 1, H // G, D), take(k), take(v), D**-0.5, mask=mask)
+    lse = lse.view(B, T, G, H // G).masked_fill((read == 0).unsqueeze(-1), float("-inf"))
+    return out.reshape(B, T, H, -1), lse.flatten(2), read.sum(1)
+
+
 def selected_attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, cfg: NSAConfig, *, seq_len: int
 ) -> torch.Tensor:
@@ -237,7 +261,7 @@ def _check_values(blocks: torch.Tensor, M: int) -> None:
     """Blocks outside [-1, M) are a caller's mistake; looked at on a CPU, where looking stalls nothing."""
     if blocks.device.type != "cpu" or not blocks.numel():
         return
-    low, high = int(blocks.min()), int(blocks.max())
+    low, high = (int(x) for x in blocks.aminmax())
     if low < -1 or high >= M:
         raise ValueError(f"selected_attention: block {low if low < -1 else high} is outside -1 .. {M - 1}")
 
@@ -355,7 +379,7 @@ def _forward(
     R, scale = H // G, D**-0.5
     _check_values(blocks, -(-S // l_sel))
     if T <= _FEW:
-        return _gathered(q, k, v, blocks, l_sel, S)
+        return (_by_query if q.device.type == "cpu" and T else _gathered)(q, k, v, blocks, l_sel, S)
     k_blocks, v_blocks = _by_block(k, S, l_sel), _by_block(v, S, l_sel)
     k_tiles, v_tiles = k_blocks.flatten(0, 2).unsqueeze(1), v_blocks.flatten(0, 2).unsqueeze(1)
     out = q.new_empty(B, T, H, v.shape[3])

@@ -53,15 +53,21 @@ def top_blocks(
     # descending sort keeps equal scores in index order.
     ranked = scores.masked_fill(forced[:, None], float("inf")).masked_fill(~candidate[:, None], float("-inf"))
     k = min(n, M)
-    if scores.dtype == torch.float32:
+    chosen = _highest(ranked, k, m)
+    chosen = chosen.masked_fill(chosen > cur[:, None], M).sort(dim=-1).values
+    blocks = chosen.masked_fill(chosen == M, -1).to(torch.int32)
+    return torch.nn.functional.pad(blocks, (0, n - k), value=-1)
+
+
+def _highest(ranked: torch.Tensor, k: int, m: torch.Tensor) -> torch.Tensor:
+    """The k highest of [...,M] in any order, equal ones by index; m = arange(M)."""
+    if ranked.dtype == torch.float32:
         # Scores are >= 0, so their bits order as they do; the index below them makes keys unique and topk exact.
         key = (ranked.view(torch.int32).to(torch.int64) << 32) - m
         chosen = key.topk(k, dim=-1, sorted=False).indices
     else:
         chosen = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    chosen = chosen.masked_fill(chosen > cur[:, None], M).sort(dim=-1).values
-    blocks = chosen.masked_fill(chosen == M, -1).to(torch.int32)
-    return torch.nn.functional.pad(blocks, (0, n - k), value=-1)
+    return chosen
 
 
 def select_blocks_reference(
@@ -173,6 +179,8 @@ def _select_triton(q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor, cfg:
 def _select_chunks(q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor, cfg: NSAConfig, S: int) -> torch.Tensor:
     """`select_blocks_reference` in chunks of queries, each over the blocks that it can see."""
     B, T, H, D = q.shape
+    if T == 1:
+        return _select_one(q, k_cmp, lse, cfg, S)
     G = k_cmp.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads = (q.to(dtype) * D**-0.5).unflatten(2, (G, H // G)).permute(3, 0, 2, 1, 4)  # [R,B,G,T,D]
@@ -188,6 +196,29 @@ def _select_chunks(q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor, cfg:
             scores.transpose(1, 2), t, cfg.l_sel, cfg.n_sel, cfg.init_blocks, cfg.local_blocks
         )
     return blocks
+
+
+def _select_one(q: torch.Tensor, k_cmp: torch.Tensor, lse: torch.Tensor, cfg: NSAConfig, S: int) -> torch.Tensor:
+    """The choice of the newest position alone: it sees every block, and all heads are one product."""
+    B, G, M, C = len(q), k_cmp.shape[2], n_selection(S, cfg), n_compressed(S, cfg)
+    m = torch.arange(M, device=q.device)
+    if M <= cfg.n_sel:
+        everything = torch.nn.functional.pad(m.to(torch.int32), (0, cfg.n_sel - M), value=-1)
+        return everything.expand(B, 1, G, -1).contiguous()
+    step, before = cfg.l_sel // cfg.d, cfg.l // cfg.d - 1
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    p = torch.zeros(B, G, before + M * step, device=q.device, dtype=dtype)
+    if C:
+        heads = (q.to(dtype) * q.shape[-1] ** -0.5).view(B, G, -1, q.shape[-1])  # [B,G,R,D]
+        scores = torch.matmul(heads, k_cmp[:, :C].to(dtype).permute(0, 2, 3, 1)).sub_(lse.to(dtype).view(B, G, -1, 1))
+        for head in scores.exp_().unbind(2):
+            p[..., before : before + C] += head
+    total = p.new_zeros(B, G, M)
+    for tap, (_, weight) in zip(p.unfold(-1, step + before, step).unbind(-1), overlap_taps(cfg), strict=True):
+        total.add_(tap, alpha=weight)
+    total[..., : cfg.init_blocks] = float("inf")
+    total[..., M - cfg.local_blocks :] = float("inf")
+    return _highest(total, cfg.n_sel, m).sort(dim=-1).values.to(torch.int32).unsqueeze(1)
 
 
 def _chunk_scores(

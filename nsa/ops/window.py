@@ -182,12 +182,15 @@ def _all_rows(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _tiles(T: int, S: int, first: int, w: int, device: torch.device):
-    """Yield (query slice, key slice, [rows, keys] visibility) of banded tiles.
+    """Yield (query slice, key slice, [rows, keys] visibility) of banded tiles; None where every key is visible.
 
     A tile of w/4 rows wastes a fifth of its scores on the band's two corners; below 64 rows calls cost more than that.
     """
     step = min(max(w // 4, 64), 512)
     t0 = S - T
+    if T == 1:
+        yield slice(0, 1), slice(max(S - w - first, 0), S - first), None
+        return
     for start in range(0, T, step):
         stop = min(start + step, T)
         low = max(t0 + start - w + 1, first)
@@ -215,11 +218,11 @@ def _forward(
             k[:, keys].transpose(1, 2),
             v[:, keys].transpose(1, 2),
             D**-0.5,
-            mask=dense.additive(visible, q.dtype),
+            mask=None if visible is None else dense.additive(visible, q.dtype),
         )
         out[:, rows], lse[:, rows] = tile.transpose(1, 2), tile_lse.transpose(1, 2)
         if count:
-            n += int(visible.sum())
+            n += keys.stop - keys.start if visible is None else int(visible.sum())
     return out, lse, q.new_full((B, k.shape[2]), n, dtype=torch.int64)
 
 
@@ -252,7 +255,7 @@ def _backward(
             out[:, rows].transpose(1, 2),
             lse[:, rows].transpose(1, 2),
             q.shape[-1] ** -0.5,
-            mask=dense.additive(visible, q.dtype),
+            mask=None if visible is None else dense.additive(visible, q.dtype),
         )
         dq[:, rows] = tile_dq.transpose(1, 2)
         dk[:, keys] += tile_dk.transpose(1, 2)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nsa import KVCache, NativeSparseAttention
-from nsa.attention import Rope
 from nsa.config import ModelConfig
+from nsa.rope import Rope
 from nsa.testing import oracle, pairwise, shapes
 
 PHIS = ("avg", "linear", "mlp")
@@ -198,8 +198,27 @@ def test_the_tables_of_rotation_are_exact_at_64k():
     cfg = ModelConfig(d_k=64)
     got = Rope.of(cfg, 65535, 1, "cpu", torch.float32)
     angles = torch.tensor([65535 * 10000 ** (-2 * i / 64) for i in range(32)], dtype=torch.float64)
-    torch.testing.assert_close(got.cos[0].double(), angles.cos(), rtol=0, atol=1e-7)
-    torch.testing.assert_close(got.sin[0].double(), angles.sin(), rtol=0, atol=1e-7)
+    cos, sin = (table[0, 0].double() for table in (got.cos, got.sin))
+    torch.testing.assert_close(cos, torch.cat([angles.cos(), angles.cos()]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sin, torch.cat([-angles.sin(), angles.sin()]), rtol=0, atol=1e-7)
+
+
+def test_the_rotation_of_a_cache_is_that_of_its_next_positions():
+    """Whatever was asked before: few or many positions, from a table or past its end, rewound, under another mode."""
+    cfg, x = _layer().cfg, _x(1, 1)
+    cache = KVCache(cfg, 1, 2000, device="cpu", dtype=torch.float64)
+    for length, T in ((0, 7), (7, 1), (255, 1), (256, 1), (250, 9), (100, 1), (900, 700), (1600, 3), (1601, 1)):
+        cache.layers[0].length = length
+        with torch.inference_mode(length % 2 == 0):
+            got, want = cache.rope(T, x), Rope.of(cfg, length, T, x.device, x.dtype)
+        assert (got.start, got.theta, got.scale) == (want.start, want.theta, want.scale)
+        torch.testing.assert_close((got.cos, got.sin), (want.cos, want.sin), rtol=0, atol=0)
+    assert cache.rope(1, x.float()).cos.dtype == torch.float32
+    leaf = _x(1, 1, 16).view(1, 1, 2, 8).requires_grad_()
+    with torch.inference_mode():
+        cache.rope(1, x)
+    cache.rope(1, x).tokens(leaf).sum().backward()
+    assert leaf.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("huge", [1e3, -1e15])

@@ -17,8 +17,8 @@ from nsa import (
     selected_attention,
     sliding_window_attention,
 )
-from nsa.attention import Rope
 from nsa.config import ModelConfig
+from nsa.rope import Rope
 from nsa.testing import fixed_selection, inputs, oracle, shapes
 
 PHIS = ("avg", "linear", "mlp")

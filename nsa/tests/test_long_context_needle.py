@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nsa import KVCache, NativeSparseAttention, NSAConfig
-from nsa.attention import Rope
 from nsa.config import ModelConfig
+from nsa.rope import Rope
 
 D = 64
 CFG = ModelConfig(
