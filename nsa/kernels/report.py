@@ -80,7 +80,7 @@ def launches(case: Case, sm: int) -> list[Launch]:
     blocks, logits = tensor(1, case.T, G, 16, dtype=torch.int32), tensor(1, case.T, H, 3)
     modules = {
         op: importlib.import_module(f"nsa.kernels.{op}")
-        for op in ("selection", "selected", "combine")
+        for op in ("selection", "selected", "combine", "banded")
         if has_kernel(op)
     }
     with recorded(sm) as recording:
@@ -100,6 +100,10 @@ def launches(case: Case, sm: int) -> list[Launch]:
             modules["combine"].forward(q, q, q, logits, False)
             if case.T == case.S:
                 modules["combine"].backward(q, q, q, q, logits, False)
+        if "banded" in modules:
+            modules["banded"].forward(q, k, k, 512)
+            if case.T == case.S:
+                modules["banded"].backward(q, q, k, k, q, lse, 512)
     return recording.launches
 
 

@@ -1,4 +1,4 @@
-"""The sliding window by torch's fused operators, which skip the keys outside the band."""
+"""The sliding window by kernels that skip the keys outside the band: Triton's, or torch's fused operators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _PROBLEM_WINDOWS, _PROBLEM_QUERIES = 4, 1024
 
 
 def unsupported(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
-    """Reasons against flash for q [B,T,H,Dk], k [B,K,G,Dk], v [B,K,G,Dv]."""
+    """Reasons against a backend for q [B,T,H,Dk], k [B,K,G,Dk], v [B,K,G,Dv]."""
+    if backend == "triton":
+        from nsa.kernels import banded
+
+        return banded.unsupported(q, v)
     return fused.unsupported(backend, q, v)
 
 
@@ -78,6 +82,10 @@ def forward(
     q [B,T,H,Dk] are the last T of the K positions that k [B,K,G,Dk] and v [B,K,G,Dv] hold.
     """
     T, D = q.shape[1], q.shape[3]
+    if backend == "triton":
+        from nsa.kernels import banded
+
+        return *banded.forward(q, k, v, w), reads(T, k.shape[1], w)
     first_key = max(0, k.shape[1] - T - w + 1)
     k, v = k[:, first_key:], v[:, first_key:]
     # One query sees just its own keys: without a band FA-2 spreads them over the card.
@@ -96,6 +104,10 @@ def backward(
     w: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv of `forward`'s out; keys that two problems share are summed in fp32."""
+    if backend == "triton":
+        from nsa.kernels import banded
+
+        return banded.backward(dout, q, k, v, out, lse, w)
     B, T, H, D = q.shape
     rows = max(_PROBLEM_WINDOWS * w, _PROBLEM_QUERIES)
     most = max(1, fused.CALL_ELEMENTS // (B * rows * H * D))

@@ -204,7 +204,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, T, H, D = q.shape
     first, k, v = _held(k, v, S)
-    if dense.fused(backend, q):
+    if backend == "triton" or dense.fused(backend, q):
         from nsa.kernels import window as kernel
 
         out, lse, read = kernel.forward(backend, q, k, v, w)
@@ -238,7 +238,7 @@ def _backward(
     S: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     first, k_held, v_held = _held(k, v, S)
-    if dense.fused(backend, q):
+    if backend == "triton" or dense.fused(backend, q):
         from nsa.kernels import window as kernel
 
         dq, dk, dv = kernel.backward(backend, dout, q, k_held, v_held, out, lse, w)
