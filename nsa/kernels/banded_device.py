@@ -3,6 +3,9 @@
 Sizes: R heads a group; DK, DV head dims in tiles of DKP, DVP; ROWS of a tile, a row being one head of one query, packed
 without a gap; SPAN the queries that a tile's rows may touch, in a tile of DIAG keys; KEYS of a tile; IP the precision
 of every dot. Row i of q sees keys first + i - w + 1 .. first + i. Scores are in units of log 2 inside.
+
+Only tiles at the band's edges are masked. That is a branch round the mask alone: one round a load would cost its
+pipelining, and a loop for each kind of tile, its filling and draining.
 """
 
 import triton
@@ -12,14 +15,15 @@ from nsa.kernels.primitives import exp2
 
 
 @triton.jit
-def _load(at, ok, d, D: tl.constexpr, DP: tl.constexpr, EDGE: tl.constexpr):
-    """Vectors at the pointers [n, DP], 0 where `ok` [n] is not; without EDGE all of them are."""
-    if EDGE:
-        return tl.load(at, mask=ok[:, None] & (d[None, :] < D), other=0.0)
-    elif D != DP:
-        return tl.load(at, mask=d[None, :] < D, other=0.0)
-    else:
-        return tl.load(at)
+def _load(at, ok, d, D: tl.constexpr):
+    """Vectors at the pointers [n, padded D], 0 where `ok` [n] is not."""
+    return tl.load(at, mask=ok[:, None] & (d[None, :] < D), other=0.0)
+
+
+@triton.jit
+def _in_units(lse, IP: tl.constexpr):
+    """A natural lse in units of log 2, but for fp32: its product would be rounded, and a row's error with it."""
+    return lse if IP == "ieee" else lse * 1.4426950408889634
 
 
 @triton.jit
@@ -32,37 +36,9 @@ def _weights(s, lse, scale, IP: tl.constexpr):
 
 
 @triton.jit
-def _in_units(lse, IP: tl.constexpr):
-    """A natural lse in units of log 2, but for fp32: its product would be rounded, and a row's error with it."""
-    return lse if IP == "ieee" else lse * 1.4426950408889634
-
-
-@triton.jit
-def _attend(
-    q, m, z, out, keys, values, s0, t, w, scale2, sk_t, sv_t,
-    DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr, KEYS: tl.constexpr,
-    EDGE: tl.constexpr, IP: tl.constexpr,
-):  # fmt: skip
-    """A tile of keys from s0 on, all before every row: the running maximum, mass and output with it."""
-    token = s0 + tl.arange(0, KEYS)
-    k = _load(keys + s0.to(tl.int64) * sk_t, token >= 0, tl.arange(0, DKP), DK, DKP, EDGE)
-    v = _load(values + s0.to(tl.int64) * sv_t, token >= 0, tl.arange(0, DVP), DV, DVP, EDGE)
-    s = tl.dot(q, tl.trans(k), input_precision=IP)
-    if EDGE:
-        s = tl.where((token >= 0)[None, :] & (token[None, :] > (t - w)[:, None]), s, float("-inf"))
-    above = tl.maximum(m, tl.max(s, 1) * scale2)
-    p = exp2(s * scale2 - above[:, None], IP)
-    fade = exp2(m - above, IP)
-    z = z * fade + tl.sum(p, 1)
-    out = out * fade[:, None]
-    out += tl.dot(p.to(v.dtype), v, input_precision=IP)
-    return above, z, out
-
-
-@triton.jit
 def forward(
     Q, K, V, Out, Lse,
-    sq_b, sq_t, sq_h, sq_d, sk_b, sk_t, sk_g, sk_d, sv_b, sv_t, sv_g, sv_d, so_b, so_t, so_h, sl_b, sl_t, sl_h,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, so_b, so_t, so_h, sl_b, sl_t, sl_h,
     scale, w, first, T, G,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, DIAG: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
@@ -77,37 +53,42 @@ def forward(
     t = first + x // R
     t0 = first + tl.program_id(0) * ROWS // R
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
-    keys = K + b * sk_b + g * sk_g + dk[None, :] * sk_d
-    values = V + b * sv_b + g * sv_g + dv[None, :] * sv_d
-    q = _load(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :] * sq_d, ok, dk, DK, DKP, True)
-    # The keys from the first row's own on come first: each row sees one of them, so that no maximum is -inf after it.
-    token = t0 + tl.arange(0, DIAG)
-    at = token.to(tl.int64)[:, None]
-    k = _load(keys + at * sk_t, token < first + T, dk, DK, DKP, True)
-    v = _load(values + at * sv_t, token < first + T, dv, DV, DVP, True)
-    see = (token[None, :] <= t[:, None]) & (token[None, :] > (t - w)[:, None])
+    keys = K + b * sk_b + g * sk_g + dk[None, :]
+    values = V + b * sv_b + g * sv_g + dv[None, :]
+    q = _load(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :], ok, dk, DK)
     scale2 = scale * 1.4426950408889634
-    s = tl.where(see, tl.dot(q, tl.trans(k), input_precision=IP), float("-inf"))
-    m = tl.max(s, 1) * scale2
-    p = exp2(s * scale2 - m[:, None], IP)
-    z = tl.sum(p, 1)
-    out = tl.dot(p.to(v.dtype), v, input_precision=IP)
-    # Then those before it, backwards: tiles that all rows see whole, and the tiles at the band's far edge.
+    # The keys from the first row's own on come first: each row sees one of them, so that no maximum is -inf after it.
+    own = t0 + tl.arange(0, DIAG)
+    at = own.to(tl.int64)[:, None]
+    own_k = _load(keys + at * sk_t, own < first + T, dk, DK)
+    own_v = _load(values + at * sv_t, own < first + T, dv, DV)
+    see = (own[None, :] <= t[:, None]) & (own[None, :] > (t - w)[:, None])
+    own_s = tl.where(see, tl.dot(q, tl.trans(own_k), input_precision=IP), float("-inf"))
+    m = tl.max(own_s, 1) * scale2
+    own_p = exp2(own_s * scale2 - m[:, None], IP)
+    z = tl.sum(own_p, 1)
+    out = tl.dot(own_p.to(own_v.dtype), own_v, input_precision=IP)
+    # Then those before it, backwards; of them the first `whole` tiles are seen by every row.
     before = tl.minimum(w - 1, t0)
     whole = tl.minimum(before, tl.maximum(w - SPAN, 0)) // KEYS
-    inside = tl.arange(0, KEYS).to(tl.int64)[:, None]
-    keys += inside * sk_t
-    values += inside * sv_t
-    for j in range(0, whole):
-        m, z, out = _attend(
-            q, m, z, out, keys, values, t0 - (j + 1) * KEYS, t, w, scale2, sk_t, sv_t,
-            DK, DV, DKP, DVP, KEYS, False, IP,
-        )  # fmt: skip
-    for j in range(whole, tl.cdiv(before, KEYS)):
-        m, z, out = _attend(
-            q, m, z, out, keys, values, t0 - (j + 1) * KEYS, t, w, scale2, sk_t, sv_t,
-            DK, DV, DKP, DVP, KEYS, True, IP,
-        )  # fmt: skip
+    inside = tl.arange(0, KEYS)
+    keys += inside.to(tl.int64)[:, None] * sk_t
+    values += inside.to(tl.int64)[:, None] * sv_t
+    for j in range(0, tl.cdiv(before, KEYS)):
+        s0 = t0 - (j + 1) * KEYS
+        token = s0 + inside
+        k = _load(keys + s0.to(tl.int64) * sk_t, token >= 0, dk, DK)
+        v = _load(values + s0.to(tl.int64) * sv_t, token >= 0, dv, DV)
+        s = tl.dot(q, tl.trans(k), input_precision=IP)
+        if j >= whole:
+            s = tl.where((token >= 0)[None, :] & (token[None, :] > (t - w)[:, None]), s, float("-inf"))
+        above = tl.maximum(m, tl.max(s, 1) * scale2)
+        p = exp2(s * scale2 - above[:, None], IP)
+        fade = exp2(m - above, IP)
+        z = z * fade + tl.sum(p, 1)
+        out = out * fade[:, None]
+        out += tl.dot(p.to(v.dtype), v, input_precision=IP)
+        m = above
     tl.store(
         Out + b * so_b + i[:, None] * so_t + head[:, None] * so_h + dv[None, :],
         (out / z[:, None]).to(Out.dtype.element_ty), mask=ok[:, None] & (dv[None, :] < DV),
@@ -116,39 +97,15 @@ def forward(
 
 
 @triton.jit
-def _share_of_dq(q, do, k, v, lse, delta, see, scale, EDGE: tl.constexpr, IP: tl.constexpr):
-    """What a tile of keys adds to dq / scale; `see` says which of them a row sees, where that is not all."""
-    p = _weights(tl.dot(q, tl.trans(k), input_precision=IP), lse[:, None], scale, IP)
-    if EDGE:
-        p = tl.where(see, p, 0.0)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision=IP) - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, input_precision=IP)
-
-
-@triton.jit
-def _band_of_dq(
-    q, do, lse, delta, keys, values, s0, t, w, scale, sk_t, sv_t,
-    DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr, KEYS: tl.constexpr,
-    EDGE: tl.constexpr, IP: tl.constexpr,
-):  # fmt: skip
-    """`_share_of_dq` of the tile of keys from s0 on, all before every row."""
-    token = s0 + tl.arange(0, KEYS)
-    k = _load(keys + s0.to(tl.int64) * sk_t, token >= 0, tl.arange(0, DKP), DK, DKP, EDGE)
-    v = _load(values + s0.to(tl.int64) * sv_t, token >= 0, tl.arange(0, DVP), DV, DVP, EDGE)
-    see = (token >= 0)[None, :] & (token[None, :] > (t - w)[:, None])
-    return _share_of_dq(q, do, k, v, lse, delta, see, scale, EDGE, IP)
-
-
-@triton.jit
 def backward_dq(
     Q, K, V, Dout, Out, Lse, Packed, Delta, Dq,
-    sq_b, sq_t, sq_h, sq_d, sk_b, sk_t, sk_g, sk_d, sv_b, sv_t, sv_g, sv_d, sd_b, sd_t, sd_h, sd_d,
-    so_b, so_t, so_h, so_d, sl_b, sl_t, sl_h, sdq_b, sdq_t, sdq_h,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, sd_b, sd_t, sd_h,
+    so_b, so_t, so_h, sl_b, sl_t, sl_h, sdq_b, sdq_t, sdq_h,
     scale, w, first, T, G,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, DIAG: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """A program: dq of ROWS rows of one group; their lse and rowsum(out * dout), packed [B,G,T*R] for the other kernel."""
+    """A program: dq of ROWS rows of one group; their lse and rowsum(out * dout), [B,G,T*R], for the other kernel."""
     x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = (tl.program_id(1) // G).to(tl.int64)
     g = (tl.program_id(1) % G).to(tl.int64)
@@ -158,37 +115,40 @@ def backward_dq(
     t = first + x // R
     t0 = first + tl.program_id(0) * ROWS // R
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
-    keys = K + b * sk_b + g * sk_g + dk[None, :] * sk_d
-    values = V + b * sv_b + g * sv_g + dv[None, :] * sv_d
-    q = _load(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :] * sq_d, ok, dk, DK, DKP, True)
-    do = _load(Dout + b * sd_b + i[:, None] * sd_t + head[:, None] * sd_h + dv[None, :] * sd_d, ok, dv, DV, DVP, True)
-    o = _load(Out + b * so_b + i[:, None] * so_t + head[:, None] * so_h + dv[None, :] * so_d, ok, dv, DV, DVP, True)
+    keys = K + b * sk_b + g * sk_g + dk[None, :]
+    values = V + b * sv_b + g * sv_g + dv[None, :]
+    q = _load(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :], ok, dk, DK)
+    do = _load(Dout + b * sd_b + i[:, None] * sd_t + head[:, None] * sd_h + dv[None, :], ok, dv, DV)
+    o = _load(Out + b * so_b + i[:, None] * so_t + head[:, None] * so_h + dv[None, :], ok, dv, DV)
     lse = _in_units(tl.load(Lse + b * sl_b + i * sl_t + head * sl_h, mask=ok, other=0.0), IP)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     place = tl.program_id(1).to(tl.int64) * T * R + x
     tl.store(Packed + place, lse, mask=ok)
     tl.store(Delta + place, delta, mask=ok)
-    token = t0 + tl.arange(0, DIAG)
-    at = token.to(tl.int64)[:, None]
-    k = _load(keys + at * sk_t, token < first + T, dk, DK, DKP, True)
-    v = _load(values + at * sv_t, token < first + T, dv, DV, DVP, True)
-    see = (token[None, :] <= t[:, None]) & (token[None, :] > (t - w)[:, None])
-    dq = _share_of_dq(q, do, k, v, lse, delta, see, scale, True, IP)
+    # The keys from the first row's own on, then those before it, as in the forward.
+    own = t0 + tl.arange(0, DIAG)
+    at = own.to(tl.int64)[:, None]
+    own_k = _load(keys + at * sk_t, own < first + T, dk, DK)
+    own_v = _load(values + at * sv_t, own < first + T, dv, DV)
+    see = (own[None, :] <= t[:, None]) & (own[None, :] > (t - w)[:, None])
+    own_p = tl.where(see, _weights(tl.dot(q, tl.trans(own_k), input_precision=IP), lse[:, None], scale, IP), 0.0)
+    own_ds = own_p * (tl.dot(do, tl.trans(own_v), input_precision=IP) - delta[:, None])
+    dq = tl.dot(own_ds.to(own_k.dtype), own_k, input_precision=IP)
     before = tl.minimum(w - 1, t0)
     whole = tl.minimum(before, tl.maximum(w - SPAN, 0)) // KEYS
-    inside = tl.arange(0, KEYS).to(tl.int64)[:, None]
-    keys += inside * sk_t
-    values += inside * sv_t
-    for j in range(0, whole):
-        dq += _band_of_dq(
-            q, do, lse, delta, keys, values, t0 - (j + 1) * KEYS, t, w, scale, sk_t, sv_t,
-            DK, DV, DKP, DVP, KEYS, False, IP,
-        )  # fmt: skip
-    for j in range(whole, tl.cdiv(before, KEYS)):
-        dq += _band_of_dq(
-            q, do, lse, delta, keys, values, t0 - (j + 1) * KEYS, t, w, scale, sk_t, sv_t,
-            DK, DV, DKP, DVP, KEYS, True, IP,
-        )  # fmt: skip
+    inside = tl.arange(0, KEYS)
+    keys += inside.to(tl.int64)[:, None] * sk_t
+    values += inside.to(tl.int64)[:, None] * sv_t
+    for j in range(0, tl.cdiv(before, KEYS)):
+        s0 = t0 - (j + 1) * KEYS
+        token = s0 + inside
+        k = _load(keys + s0.to(tl.int64) * sk_t, token >= 0, dk, DK)
+        v = _load(values + s0.to(tl.int64) * sv_t, token >= 0, dv, DV)
+        p = _weights(tl.dot(q, tl.trans(k), input_precision=IP), lse[:, None], scale, IP)
+        if j >= whole:
+            p = tl.where((token >= 0)[None, :] & (token[None, :] > (t - w)[:, None]), p, 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=IP) - delta[:, None])
+        dq += tl.dot(ds.to(k.dtype), k, input_precision=IP)
     tl.store(
         Dq + b * sdq_b + i[:, None] * sdq_t + head[:, None] * sdq_h + dk[None, :],
         (dq * scale).to(Dq.dtype.element_ty), mask=ok[:, None] & (dk[None, :] < DK),
@@ -196,40 +156,9 @@ def backward_dq(
 
 
 @triton.jit
-def _share_of_dkv(
-    Q, Dout, Packed, Delta, sq_t, sq_h, sq_d, sd_t, sd_h, sd_d,
-    k, v, grad_k, grad_v, x, token, w, scale, first, T,
-    R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    EDGE: tl.constexpr, IP: tl.constexpr,
-):  # fmt: skip
-    """The gradients of one tile of keys with what the rows x add to them."""
-    dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
-    ok = x < T * R
-    i = (x // R).to(tl.int64)
-    head = (x % R).to(tl.int64)
-    q = _load(Q + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :] * sq_d, ok, dk, DK, DKP, EDGE)
-    do = _load(Dout + i[:, None] * sd_t + head[:, None] * sd_h + dv[None, :] * sd_d, ok, dv, DV, DVP, EDGE)
-    if EDGE:
-        # Rows past the last have q, dout, lse and delta 0: they add nothing.
-        lse = tl.load(Packed + x, mask=ok, other=0.0)
-        delta = tl.load(Delta + x, mask=ok, other=0.0)
-    else:
-        lse = tl.load(Packed + x)
-        delta = tl.load(Delta + x)
-    p = _weights(tl.dot(k, tl.trans(q), input_precision=IP), lse[None, :], scale, IP)
-    if EDGE:
-        t = first + x // R
-        p = tl.where((token[:, None] <= t[None, :]) & (token[:, None] > (t - w)[None, :]), p, 0.0)
-    grad_v += tl.dot(p.to(do.dtype), do, input_precision=IP)
-    ds = p * (tl.dot(v, tl.trans(do), input_precision=IP) - delta[None, :])
-    grad_k += tl.dot(ds.to(q.dtype), q, input_precision=IP)
-    return grad_k, grad_v
-
-
-@triton.jit
 def backward_dkv(
     Q, K, V, Dout, Packed, Delta, Dk, Dv,
-    sq_b, sq_t, sq_h, sq_d, sk_b, sk_t, sk_g, sk_d, sv_b, sv_t, sv_g, sv_d, sd_b, sd_t, sd_h, sd_d,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, sd_b, sd_t, sd_h,
     sdk_b, sdk_t, sdk_g, sdv_b, sdv_t, sdv_g, scale, w, first, T, G, from_key,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
@@ -242,35 +171,36 @@ def backward_dkv(
     held = token < first + T
     at = token.to(tl.int64)[:, None]
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
-    k = _load(K + b * sk_b + g * sk_g + at * sk_t + dk[None, :] * sk_d, held, dk, DK, DKP, True)
-    v = _load(V + b * sv_b + g * sv_g + at * sv_t + dv[None, :] * sv_d, held, dv, DV, DVP, True)
-    Q += b * sq_b + g * R * sq_h
-    Dout += b * sd_b + g * R * sd_h
-    Packed += tl.program_id(1).to(tl.int64) * T * R
-    Delta += tl.program_id(1).to(tl.int64) * T * R
+    k = _load(K + b * sk_b + g * sk_g + at * sk_t + dk[None, :], held, dk, DK)
+    v = _load(V + b * sv_b + g * sv_g + at * sv_t + dv[None, :], held, dv, DV)
+    queries = Q + b * sq_b + g * R * sq_h + dk[None, :]
+    douts = Dout + b * sd_b + g * R * sd_h + dv[None, :]
+    packed = Packed + tl.program_id(1).to(tl.int64) * T * R
+    deltas = Delta + tl.program_id(1).to(tl.int64) * T * R
     # Tiles of rows that see a key of this tile, and among them those of rows that see every key.
     begin = tl.maximum(s0 - first, 0) * R // ROWS
     end = tl.cdiv(tl.minimum(s0 + KEYS + w - 1 - first, T) * R, ROWS)
-    near = tl.minimum(tl.cdiv(tl.maximum(s0 + KEYS - 1 - first, 0) * R, ROWS), end)
-    far = tl.maximum(tl.minimum(s0 + w - first, T) * R // ROWS, near)
-    lane = tl.arange(0, ROWS)
+    near = tl.cdiv(tl.maximum(s0 + KEYS - 1 - first, 0) * R, ROWS)
+    far = tl.minimum(s0 + w - first, T) * R // ROWS
     grad_k = tl.zeros([KEYS, DKP], tl.float32)
     grad_v = tl.zeros([KEYS, DVP], tl.float32)
-    for j in range(begin, near):
-        grad_k, grad_v = _share_of_dkv(
-            Q, Dout, Packed, Delta, sq_t, sq_h, sq_d, sd_t, sd_h, sd_d,
-            k, v, grad_k, grad_v, j * ROWS + lane, token, w, scale, first, T, R, DK, DV, DKP, DVP, True, IP,
-        )  # fmt: skip
-    for j in range(near, far):
-        grad_k, grad_v = _share_of_dkv(
-            Q, Dout, Packed, Delta, sq_t, sq_h, sq_d, sd_t, sd_h, sd_d,
-            k, v, grad_k, grad_v, j * ROWS + lane, token, w, scale, first, T, R, DK, DV, DKP, DVP, False, IP,
-        )  # fmt: skip
-    for j in range(far, end):
-        grad_k, grad_v = _share_of_dkv(
-            Q, Dout, Packed, Delta, sq_t, sq_h, sq_d, sd_t, sd_h, sd_d,
-            k, v, grad_k, grad_v, j * ROWS + lane, token, w, scale, first, T, R, DK, DV, DKP, DVP, True, IP,
-        )  # fmt: skip
+    for j in range(begin, end):
+        x = j * ROWS + tl.arange(0, ROWS)
+        ok = x < T * R
+        i = (x // R).to(tl.int64)
+        head = (x % R).to(tl.int64)
+        # Rows past the last have q, dout, lse and delta 0: they add nothing.
+        q = _load(queries + i[:, None] * sq_t + head[:, None] * sq_h, ok, dk, DK)
+        do = _load(douts + i[:, None] * sd_t + head[:, None] * sd_h, ok, dv, DV)
+        lse = tl.load(packed + x, mask=ok, other=0.0)
+        delta = tl.load(deltas + x, mask=ok, other=0.0)
+        p = _weights(tl.dot(k, tl.trans(q), input_precision=IP), lse[None, :], scale, IP)
+        if (j < near) | (j >= far):
+            t = first + x // R
+            p = tl.where((token[:, None] <= t[None, :]) & (token[:, None] > (t - w)[None, :]), p, 0.0)
+        grad_v += tl.dot(p.to(do.dtype), do, input_precision=IP)
+        ds = p * (tl.dot(v, tl.trans(do), input_precision=IP) - delta[None, :])
+        grad_k += tl.dot(ds.to(q.dtype), q, input_precision=IP)
     tl.store(
         Dk + b * sdk_b + g * sdk_g + at * sdk_t + dk[None, :], (grad_k * scale).to(Dk.dtype.element_ty),
         mask=held[:, None] & (dk[None, :] < DK),

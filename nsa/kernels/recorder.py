@@ -26,7 +26,7 @@ class Launch:
     """One specialisation of one kernel: what a process needs to compile it.
 
     home, function: where the kernel is; types: Triton's type of each run-time argument; aligned: those that are
-    multiples of 16; ones: those that are 1.
+    multiples of 16; ones: those that are 1; registers: the most that a thread may have, where the launch says so.
     """
 
     home: str
@@ -37,6 +37,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
     def name(self) -> str:
@@ -86,6 +87,7 @@ def recorded(sm: int) -> Iterator[Recording]:
 
 def _launch(kernel: Any, values: tuple[Any, ...], options: dict[str, Any]) -> Launch:
     warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+    registers = options.pop("maxnreg", None)
     named = {**dict(zip(kernel.arg_names, values, strict=False)), **options}
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -105,4 +107,6 @@ def _launch(kernel: Any, values: tuple[Any, ...], options: dict[str, Any]) -> La
                 ones += [name] * (value == 1)
         else:
             types[name] = "fp32"
-    return Launch(kernel.__module__, kernel.__name__, types, tuple(aligned), tuple(ones), constants, warps, stages)
+    return Launch(
+        kernel.__module__, kernel.__name__, types, tuple(aligned), tuple(ones), constants, warps, stages, registers
+    )

@@ -95,12 +95,7 @@ def launches(case: Case, sm: int) -> list[Launch]:
         if "combine" in modules:
             modules["combine"].forward(q, q, q, logits, False)
             modules["combine"].backward(q, q, q, q, logits, False)
-        if "combine" in modules:
-            logits = tensor(1, case.T, H, 3)
-            modules["combine"].forward(q, q, q, logits, False)
-            if case.T == case.S:
-                modules["combine"].backward(q, q, q, q, logits, False)
-        if "banded" in modules:
+        if "banded" in modules and not modules["banded"].unsupported(q, k):
             modules["banded"].forward(q, k, k, 512)
             if case.T == case.S:
                 modules["banded"].backward(q, q, k, k, q, lse, 512)
@@ -113,6 +108,8 @@ def compile_for(launch: Launch, sm: int) -> Any:
     from triton.backends.compiler import GPUTarget
 
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    if launch.registers:
+        options["maxnreg"] = launch.registers
     return triton.compile(_source(launch), target=GPUTarget("cuda", sm, 32), options=options)
 
 

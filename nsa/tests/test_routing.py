@@ -247,3 +247,16 @@ def test_a_triton_kernel_runs_unasked_only_on_a_card_where_it_was_measured(flags
     flags()
     monkeypatch.setattr(routing, "TRITON_PROOF", {op: {90: "measured"}})
     assert routing.choose(op).backend == "triton"
+
+
+@pytest.mark.parametrize(("proof", "backend"), [("measured", "triton"), ("compiled", "flash")])
+def test_the_window_in_triton_heeds_fa2_asked_for_and_no_flag_of_selection(flags, monkeypatch, proof, backend):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(routing, "triton_version", lambda: "3.7.1")
+    monkeypatch.setattr(routing, "TRITON_PROOF", {"window": {90: proof}})
+    for wanted in ("0", "1"):
+        flags(NSA_USE_TRITON_SEL=wanted)
+        assert routing.choose("window").backend == backend
+    flags(NSA_USE_FA2="1")
+    assert routing.choose("window").backend == "flash"
