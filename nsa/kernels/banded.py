@@ -24,6 +24,8 @@ _MOST_DIM = 128
 # Strides and head dims are whole multiples of it, so that every load is of 16 bytes and overlaps arithmetic. Loads of
 # single elements gave a wrong dq there.
 _EVEN = 16
+# Triton 3.0's pipeliner overlooks what is used inside a branch: "operation scheduled before its operands".
+_OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _sizes(kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> di
     rows = min(chosen.rows, padded(T * R))
     sizes = {
         "R": R, "DK": DK, "DV": DV, "DKP": padded(DK), "DVP": padded(DV), "ROWS": rows, "KEYS": chosen.keys,
-        "IP": precision(q.dtype), "num_warps": chosen.warps, "num_stages": chosen.stages,
+        "IP": precision(q.dtype), "ALWAYS": _OLD, "num_warps": chosen.warps, "num_stages": chosen.stages,
     }  # fmt: skip
     if chosen.registers:
         sizes["maxnreg"] = chosen.registers

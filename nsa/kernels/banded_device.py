@@ -5,7 +5,7 @@ without a gap; SPAN the queries that a tile's rows may touch, in a tile of DIAG 
 of every dot. Row i of q sees keys first + i - w + 1 .. first + i. Scores are in units of log 2 inside.
 
 Only tiles at the band's edges are masked. That is a branch round the mask alone: one round a load would cost its
-pipelining, and a loop for each kind of tile, its filling and draining.
+pipelining, and a loop for each kind of tile, its filling and draining. ALWAYS masks every tile, without a branch.
 """
 
 import triton
@@ -36,12 +36,25 @@ def _weights(s, lse, scale, IP: tl.constexpr):
 
 
 @triton.jit
+def _not_before(token, end):
+    """[rows, keys]: keys after the last one that is too old for the row, and after the sequence's start."""
+    return (token >= 0)[None, :] & (token[None, :] > end[:, None])
+
+
+@triton.jit
+def _seen_by(token, t, w):
+    """[keys, rows]: keys in the window of the row at t."""
+    return (token[:, None] <= t[None, :]) & (token[:, None] > (t - w)[None, :])
+
+
+@triton.jit
 def forward(
     Q, K, V, Out, Lse,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, so_b, so_t, so_h, sl_b, sl_t, sl_h,
     scale, w, first, T, G,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, DIAG: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
+    ALWAYS: tl.constexpr,
 ):  # fmt: skip
     """A program: ROWS rows of one group against their band of keys."""
     x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -80,8 +93,10 @@ def forward(
         k = _load(keys + s0.to(tl.int64) * sk_t, token >= 0, dk, DK)
         v = _load(values + s0.to(tl.int64) * sv_t, token >= 0, dv, DV)
         s = tl.dot(q, tl.trans(k), input_precision=IP)
-        if j >= whole:
-            s = tl.where((token >= 0)[None, :] & (token[None, :] > (t - w)[:, None]), s, float("-inf"))
+        if ALWAYS:  # noqa: SIM114 (known when compiling, the other when running)
+            s = tl.where(_not_before(token, t - w), s, float("-inf"))
+        elif j >= whole:
+            s = tl.where(_not_before(token, t - w), s, float("-inf"))
         above = tl.maximum(m, tl.max(s, 1) * scale2)
         p = exp2(s * scale2 - above[:, None], IP)
         fade = exp2(m - above, IP)
@@ -104,6 +119,7 @@ def backward_dq(
     scale, w, first, T, G,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, DIAG: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
+    ALWAYS: tl.constexpr,
 ):  # fmt: skip
     """A program: dq of ROWS rows of one group; their lse and rowsum(out * dout), [B,G,T*R], for the other kernel."""
     x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -145,8 +161,10 @@ def backward_dq(
         k = _load(keys + s0.to(tl.int64) * sk_t, token >= 0, dk, DK)
         v = _load(values + s0.to(tl.int64) * sv_t, token >= 0, dv, DV)
         p = _weights(tl.dot(q, tl.trans(k), input_precision=IP), lse[:, None], scale, IP)
-        if j >= whole:
-            p = tl.where((token >= 0)[None, :] & (token[None, :] > (t - w)[:, None]), p, 0.0)
+        if ALWAYS:  # noqa: SIM114 (known when compiling, the other when running)
+            p = tl.where(_not_before(token, t - w), p, 0.0)
+        elif j >= whole:
+            p = tl.where(_not_before(token, t - w), p, 0.0)
         ds = p * (tl.dot(do, tl.trans(v), input_precision=IP) - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision=IP)
     tl.store(
@@ -161,7 +179,7 @@ def backward_dkv(
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, sd_b, sd_t, sd_h,
     sdk_b, sdk_t, sdk_g, sdv_b, sdv_t, sdv_g, scale, w, first, T, G, from_key,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr, ALWAYS: tl.constexpr,
 ):  # fmt: skip
     """A program: dk and dv of KEYS keys of one group, from all rows that see one of them, in order."""
     s0 = from_key + tl.program_id(0) * KEYS
@@ -195,9 +213,10 @@ def backward_dkv(
         lse = tl.load(packed + x, mask=ok, other=0.0)
         delta = tl.load(deltas + x, mask=ok, other=0.0)
         p = _weights(tl.dot(k, tl.trans(q), input_precision=IP), lse[None, :], scale, IP)
-        if (j < near) | (j >= far):
-            t = first + x // R
-            p = tl.where((token[:, None] <= t[None, :]) & (token[:, None] > (t - w)[None, :]), p, 0.0)
+        if ALWAYS:  # noqa: SIM114 (known when compiling, the other when running)
+            p = tl.where(_seen_by(token, first + x // R, w), p, 0.0)
+        elif (j < near) | (j >= far):
+            p = tl.where(_seen_by(token, first + x // R, w), p, 0.0)
         grad_v += tl.dot(p.to(do.dtype), do, input_precision=IP)
         ds = p * (tl.dot(v, tl.trans(do), input_precision=IP) - delta[None, :])
         grad_k += tl.dot(ds.to(q.dtype), q, input_precision=IP)

@@ -41,6 +41,9 @@ PIPELINED = (
     "selected_device.near_forward",
     "selected_device.block_backward",
     "selected_device.query_forward",
+    "banded_device.forward",
+    "banded_device.backward_dq",
+    "banded_device.backward_dkv",
 )
 MOST_PROCESSES = 8  # a compiler takes half a GB
 COLUMNS = ("kernel", "arch", "case", "shared", "limit", "registers", "spills", "cp_async", "warps", "stages", "verdict")
