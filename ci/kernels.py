@@ -21,13 +21,8 @@ from ci import facts, junit, outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 LANE = "requirements-gpu-cu121-torch24.txt"
-# What imports Triton and is no test of compiling: the report compiles more.
-NUMBERS = (
-    "nsa/tests/test_kernels_selected.py",
-    "nsa/tests/test_kernels_selection.py",
-    "nsa/tests/test_kernels_combine.py",
-    "nsa/tests/test_interpreter.py",
-)
+# Every test of a kernel's numbers; of compiling the report does more.
+COMPILING = "test_kernels_compile.py"
 NUMPY_1 = (3, 2)  # below it the interpreter reads NumPy 1's arrays
 LAST_LINES = 15
 
@@ -92,8 +87,10 @@ def provide(version: str) -> Path | None:
 def numbers(version: str, environment: dict[str, str], stem: Path) -> int:
     """The interpreter's tests; every one of them must run."""
     xml = stem.with_name(f"{stem.name}.xml")
+    tests = [path for path in (ROOT / "nsa/tests").glob("test_kernels_*.py") if path.name != COMPILING]
+    files = sorted(map(str, [*tests, ROOT / "nsa/tests/test_interpreter.py"]))
     options = ["-q", "-n", "2", "-p", "no:cacheprovider", f"--junitxml={xml}"]
-    code = _run(f"Triton {version}, numbers", [sys.executable, "-m", "pytest", *options, *NUMBERS], environment)
+    code = _run(f"Triton {version}, numbers", [sys.executable, "-m", "pytest", *options, *files], environment)
     if code:
         return outcome.TEST_FAILED
     try:
