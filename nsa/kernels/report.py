@@ -49,26 +49,31 @@ MOST_PROCESSES = 8  # a compiler takes half a GB
 COLUMNS = ("kernel", "arch", "case", "shared", "limit", "registers", "spills", "cp_async", "warps", "stages", "verdict")
 
 
+OPS = ("selection", "selected", "combine", "banded")
+
+
 class Case(NamedTuple):
-    """One call of every op: queries, positions, heads a group, head dim, dtype."""
+    """One call of each of `ops`: queries, positions, heads a group, head dim, dtype."""
 
     T: int
     S: int
     R: int
     D: int
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.bfloat16
+    ops: tuple[str, ...] = OPS
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} R{self.R} D{self.D} T{self.T} S{self.S}"
 
 
+# Every entry of the launch tables. The group size picks one for the choice of blocks alone, and fp16 has bf16's.
 CASES = (
-    *(Case(S, S, R, D, torch.bfloat16) for S, R, D in ((65_536, 16, 128), (65_536, 4, 128), (65_536, 6, 64))),
-    *(Case(4_096, 4_096, R, D, torch.bfloat16) for R, D in ((1, 32), (3, 64), (8, 192), (32, 128))),
+    *(Case(65_536, 65_536, R, D) for R, D in ((16, 128), (6, 64))),
+    *(Case(4_096, 4_096, R, D) for R, D in ((1, 32), (8, 192))),
+    *(Case(4_096, 4_096, R, D, ops=("selection",)) for R, D in ((4, 128), (32, 128), (3, 64))),
     *(Case(4_096, 4_096, R, D, torch.float32) for R, D in ((6, 64), (16, 128))),
-    Case(4_096, 4_096, 6, 64, torch.float16),
-    *(Case(1, 65_536, R, D, torch.bfloat16) for R, D in ((16, 128), (6, 64))),
-    Case(4_096, 1_048_576, 6, 64, torch.bfloat16),
+    *(Case(1, 65_536, R, D) for R, D in ((16, 128), (6, 64))),
+    Case(4_096, 1_048_576, 6, 64),
 )
 
 
@@ -81,11 +86,7 @@ def launches(case: Case, sm: int) -> list[Launch]:
     G, H = 2, 2 * case.R
     q, k, lse = tensor(1, case.T, H, case.D), tensor(1, case.S, G, case.D), tensor(1, case.T, H, dtype=torch.float32)
     blocks, logits = tensor(1, case.T, G, 16, dtype=torch.int32), tensor(1, case.T, H, 3)
-    modules = {
-        op: importlib.import_module(f"nsa.kernels.{op}")
-        for op in ("selection", "selected", "combine", "banded")
-        if has_kernel(op)
-    }
+    modules = {op: importlib.import_module(f"nsa.kernels.{op}") for op in case.ops if has_kernel(op)}
     with recorded(sm) as recording:
         if "selection" in modules:
             pattern = {"l": 32, "d": 16, "l_sel": 64, "n_sel": 16, "init_blocks": 1, "local_blocks": 2}
