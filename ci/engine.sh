@@ -79,7 +79,9 @@ base() {
 
 stop() {
     local pid run
-    if pid=$(cat "$state/dockerd.pid" 2>/dev/null) && kill "$pid" 2>/dev/null; then
+    # The number may have become another process's since, after a restart of the machine say.
+    if pid=$(cat "$state/dockerd.pid" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ] &&
+        kill "$pid" 2>/dev/null; then
         for _ in $(seq 150); do
             kill -0 "$pid" 2>/dev/null || break
             sleep 0.2

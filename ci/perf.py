@@ -10,6 +10,7 @@ too few of them, or a noise that would hide a fifth, is INCONCLUSIVE: a guard th
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -90,6 +91,8 @@ def compare(rounds: Sequence[dict[str, Any]], *, gating: bool) -> Comparison:
     lengths = sorted({int(S) for each in rounds for S in each["ms"]})
     if any({int(S) for S in each["ms"]} != set(lengths) for each in rounds) or not lengths:
         raise ValueError("the rounds are not of the same lengths")
+    if not all(math.isfinite(ms) and ms > 0 for each in rounds for ms in map(float, each["ms"].values())):
+        raise ValueError("a time is no positive number")
     findings = [
         judge(S, [Block(*(float(each["ms"][str(S)]) for each in group)) for group in kept], share=len(lengths))
         for S in lengths

@@ -80,6 +80,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise PerfError(f"--blocks {args.blocks}: at least {perf.MIN_BLOCKS} are needed for a verdict", USAGE)
     shas = dict(zip(("base", "head"), map(_sha, args.commits), strict=True))
     profile = args.profile or _profile()
+    cards = nvidia.traces()
     with tempfile.TemporaryDirectory(prefix="nsa-perf-") as scratch, _worktrees(shas, Path(scratch)) as trees:
         order = ("base", "head", *perf.ORDER * args.blocks)
         said, rounds = None, []
@@ -88,6 +89,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if said not in (None, setting):
                 raise PerfError(f"the commits' benches time different things: {said} and {setting}", CONFIGURATION)
             said = setting
+            if cards and not str(setting.get("device", "")).startswith("cuda"):
+                raise PerfError(
+                    f"a GPU is here ({cards[0]}) and the bench ran on {setting.get('device')}", INFRASTRUCTURE
+                )
             if number >= 2:  # each tree's first round compiles its kernels
                 rounds.append({"tree": tree, **timed})
             print(f"perf: {tree} {number + 1}/{len(order)}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from junitparser import JUnitXml, JUnitXmlError, Skipped
+from junitparser import Error, Failure, JUnitXml, JUnitXmlError
 
 from ci import lock
 from ci.facts import installed
@@ -50,12 +50,13 @@ def judge(junit: Path, code: int) -> tuple[dict[str, Any], int]:
         cases = [case for suite in JUnitXml.fromfile(str(junit)) for case in suite]
     except (OSError, JUnitXmlError, SyntaxError) as error:
         return {"problem": f"no readable JUnit file ({error})"}, code or CONTRACT
-    reasons = Counter(r.message or "" for case in cases for r in case.result if isinstance(r, Skipped))
-    failed = [f"{case.classname}::{case.name}" for case in cases if case.result and not case.is_skipped]
+    broken = [case for case in cases if any(isinstance(r, (Error, Failure)) for r in case.result)]
+    reasons = Counter(r.message or "" for case in cases if case not in broken for r in case.result)
+    failed = [f"{case.classname}::{case.name}" for case in broken]
     counts = {"passed": len(cases) - len(failed) - sum(reasons.values()), "failed": len(failed)}
     strange = [reason for reason in reasons if not any(re.search(allowed, reason) for allowed in ALLOWED)]
     found = {**counts, "skipped": sum(reasons.values()), "reasons": dict(reasons.most_common()), "failures": failed}
-    if failed or code not in (0, 1):
+    if failed or code:
         return found, code or TEST_FAILED
     if strange or not counts["passed"]:
         return found | {"problem": f"skipped: {strange[0]}" if strange else "nothing passed"}, CONTRACT

@@ -232,7 +232,7 @@ def _in_image(
         environment=environment,
         mounts=mounts,
         gpus=str(recorded.env.get("gpus_asked") or ("all" if recorded.env.get("gpus") else "")),
-        network="none" if offline() or not recorded.env.get("network") else "host",
+        network="none" if offline() or not recorded.env.get("network") else "bridge",
     )
     finished = engine.run(client, request, target, say)
     if finished.said:
@@ -252,6 +252,9 @@ def _find_image(client: Any, image: dict[str, Any], tree: Path, say: Callable[[s
     if lane is None:
         raise ReproError(f"the bundle names an image lane {image.get('lane')!r} that this project does not have")
     base = str(image["base"]) if image.get("stand_in") else ""
+    if base and base != os.environ.get("NSA_CI_BASE"):
+        said = f"the bundle's image stands on {base!r}, which is not the pinned base"
+        raise ReproError(f"{said}; if you trust that image name it yourself: NSA_CI_BASE={base}")
     wanted = engine_build.plan(tree, lane, base=base, flash_attn=image.get("flash_attn") != "absent")
     return engine_build.ensure(client, tree, wanted, say)
 

@@ -14,6 +14,7 @@ SKIP = '<testcase classname="a" name="s{n}" time="0"><skipped message="{reason}"
 PASS = '<testcase classname="a" name="p" time="0"/>'
 FAIL = '<testcase classname="a" name="f" time="0"><failure message="1 != 2">1 != 2</failure></testcase>'
 ERROR = '<testcase classname="a" name="e" time="0"><error message="fixture">fixture</error></testcase>'
+SKIPPED_THEN_ERROR = '<testcase classname="a" name="t" time="0"><skipped message="needs CUDA"/><error/></testcase>'
 CUDA = SKIP.format(n=1, reason="selected: backend 'triton' cannot run: needs CUDA")
 
 
@@ -31,6 +32,8 @@ def junit(tmp_path: Path, *cases: str) -> Path:
         ((PASS, ERROR), 1, 1, (1, 1, 0)),
         ((PASS, FAIL), 0, 1, (1, 1, 0)),
         ((PASS,), 4, 4, (1, 0, 0)),
+        ((PASS,), 1, 1, (1, 0, 0)),
+        ((PASS, SKIPPED_THEN_ERROR), 1, 1, (1, 1, 0)),
         ((CUDA,), 0, 3, (0, 0, 1)),
         ((), 5, 5, (0, 0, 0)),
         ((PASS, SKIP.format(n=2, reason="needs Triton")), 0, 3, (1, 0, 1)),

@@ -128,6 +128,14 @@ def test_rounds_that_are_not_what_the_method_asks_for_are_refused(spoil):
         perf.compare(rounds, gating=True)
 
 
+@pytest.mark.parametrize("ms", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_time_that_is_none_is_refused(ms):
+    rounds = steady(0.0)
+    rounds[3]["ms"]["128"] = ms
+    with pytest.raises(ValueError, match="no positive number"):
+        perf.compare(rounds, gating=True)
+
+
 # The command: a repository of two commits whose bench says what it is told.
 
 BENCH = """
@@ -158,6 +166,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         git(root, "tag", name)
     monkeypatch.setattr(perf_compare, "ROOT", root)
     monkeypatch.setattr(perf_compare.nvidia, "query", lambda: ([], ""))
+    monkeypatch.setattr(perf_compare.nvidia, "traces", list)
     monkeypatch.delenv("NSA_CI_PROFILE", raising=False)
     return root
 
@@ -183,6 +192,12 @@ def test_equal_commits_are_fine_and_a_machine_without_a_profile_only_reports(rep
     assert call(repository, "base", "base", "--profile", "a100") == 0
     assert call(repository, "base", "slow") == 0
     assert (repository / "out/perf.md").read_text().startswith("# REGRESSION (report only on this machine)")
+
+
+def test_a_gpu_machine_whose_bench_ran_on_the_cpu_compares_nothing(repository: Path, monkeypatch, capsys):
+    monkeypatch.setattr(perf_compare.nvidia, "traces", lambda: ["/dev/nvidia0"])
+    assert call(repository, "base", "base", "--profile", "a100") == 75
+    assert "a GPU is here (/dev/nvidia0) and the bench ran on cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

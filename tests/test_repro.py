@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from ci import repro
+
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("docker.client", reason="needs the Docker SDK")
 RUNBOOK = """
@@ -182,6 +184,15 @@ def test_a_bundle_that_leaves_its_folder_is_refused_through_nox(tmp_path):
     assert done.returncode == 1
     assert json.loads((tmp_path / "artifacts/exit.json").read_text())["code"] == 1
     assert "leaves its folder by `..`" in done.stdout
+
+
+def test_a_stand_in_base_is_taken_from_the_caller_never_from_the_bundle(monkeypatch):
+    image = {"lane": "cpu", "base": "stranger.example/x:1", "stand_in": True}
+    for named in ("", "local/other:1"):
+        monkeypatch.setenv("NSA_CI_BASE", named)
+        with pytest.raises(repro.ReproError, match="NSA_CI_BASE=stranger") as refused:
+            repro._find_image(None, image, ROOT, print)
+        assert refused.value.code == 78
 
 
 def test_a_bundle_that_is_not_there_is_usage(tree):

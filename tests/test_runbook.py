@@ -92,9 +92,15 @@ def test_files_named_by_commands_exist():
     assert not missing
 
 
+def test_every_gpu_test_module_is_proven_by_a_step():
+    for path in sorted((ROOT / "nsa/tests").glob("test_*gpu*.py")):
+        proven = [s.id for s in BOOK.steps if any(re.search(p, f"nsa.tests.{path.stem}::x") for p in s.covers)]
+        assert proven, f"no step runs {path.name}"
+
+
 def test_cpu_runs_whatever_needs_no_gpu():
     open_on_cpu = {step.id for step in BOOK.steps if step.expected("cpu") != "run"}
-    assert open_on_cpu == {"triton_fwd", "triton_bwd", "sanitizer", "fa2_varlen", "m7c_ddp"}
+    assert open_on_cpu == {"triton_fwd", "triton_bwd", "gpu_ops", "sanitizer", "fa2_varlen", "m7c_ddp"}
 
 
 def test_only_cpu_may_skip_for_want_of_a_gpu():

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 
 from nsa.kernels.recorder import Launch, recorded
-from nsa.routing import has_kernel
 
 # Dynamic shared memory that one block may ask for, in bytes.
 SHARED_LIMITS = {80: 166_912, 89: 101_376, 90: 232_448}
@@ -86,7 +85,7 @@ def launches(case: Case, sm: int) -> list[Launch]:
     G, H = 2, 2 * case.R
     q, k, lse = tensor(1, case.T, H, case.D), tensor(1, case.S, G, case.D), tensor(1, case.T, H, dtype=torch.float32)
     blocks, logits = tensor(1, case.T, G, 16, dtype=torch.int32), tensor(1, case.T, H, 3)
-    modules = {op: importlib.import_module(f"nsa.kernels.{op}") for op in case.ops if has_kernel(op)}
+    modules = {op: importlib.import_module(f"nsa.kernels.{op}") for op in case.ops}
     with recorded(sm) as recording:
         if "selection" in modules:
             pattern = {"l": 32, "d": 16, "l_sel": 64, "n_sel": 16, "init_blocks": 1, "local_blocks": 2}
