@@ -372,6 +372,12 @@ def test_gpu_runs_on_each_machine_that_the_runbook_names():
     assert set(offered) - {"all"} == profiles
 
 
+def test_whatever_an_image_holds_builds_it_anew():
+    held = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    wanted = {f"{name}/**" if (ROOT / name).is_dir() else name for name in held} | {".dockerignore"}
+    assert wanted <= set(parsed(FILES["images.yml"])["on"]["push"]["paths"])
+
+
 def test_the_local_gate_can_run_every_job_of_ci():
     assert ".venv/bin/python -m ci workflow .github/workflows/ci.yml " in (ROOT / ".ci/run").read_text()
     pythons = {p for _, _, body in jobs(FILES) for p in body.get("strategy", {}).get("matrix", {}).get("python", [])}
