@@ -23,7 +23,7 @@ from nsa.records import TrainRow, ValRow, read_rows
 from nsa.train import checkpoint, config
 from nsa.train.errors import NonFiniteError, SaveError, UsageError
 from nsa.train.loop import train
-from nsa.train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups
+from nsa.train.optim import lr_factor, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,7 +87,7 @@ def test_every_step_has_a_row_and_the_files_are_those_promised(tmp_path):
     assert [beat["event"] for beat in beats][0 :: len(beats) - 1] == ["start", "end"]
     assert {beat["step"] for beat in beats} >= {0, 2, 4, 5}
     assert json.loads((out / "env.json").read_text())["config"]["train"]["steps"] == 5
-    pattern = r"step \d{4} \| loss \d+\.\d{4} \| lr \d\.\d\de-\d\d \| toks/s \d+ \| grad [\d.]+"
+    pattern = r"step \d{4} \| loss \d+\.\d{4} \| lr \d\.\d\de-\d\d \| toks/s \d+ \| wait \d+\.\ds \| grad [\d.]+"
     steps = [line for line in lines if re.fullmatch(pattern, line)]
     assert [line[:9] for line in steps] == ["step 0001", "step 0002", "step 0004", "step 0005"]
 
@@ -99,7 +99,7 @@ def test_tensorboard_has_the_curves(tmp_path):
     rows = run(tmp_path / "run", steps=4, log_every=1)
     events = EventAccumulator(str(tmp_path / "run" / "tb"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/toks_per_s", "train/lr"}
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/toks_per_s", "train/lr", "train/wait"}
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([r.loss for r in rows], rel=1e-5)
 
 
@@ -142,16 +142,6 @@ def test_only_matrices_decay(phi, tmp_path):
             assert name in kept, name
         elif name.endswith("proj.weight") or "ffn" in name:
             assert name in decayed, name
-
-
-def test_a_resumed_schedule_is_at_the_same_rate():
-    cfg = config.build({"train": {"steps": 20, "warmup_steps": 3}}).train
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), cfg, torch.device("cpu"))
-    scheduler = build_scheduler(optimizer, cfg)
-    for _ in range(7):
-        optimizer.step()
-        scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(cfg.lr * lr_factor(7, cfg))
 
 
 @contextmanager

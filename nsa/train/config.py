@@ -46,12 +46,15 @@ class DataConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """device auto takes CUDA where there is one; precision bf16 is autocast over fp32 weights; ddp as `dist.init`."""
+    """device auto takes CUDA where there is one; precision bf16 is autocast over fp32 weights; ddp as `dist.init`;
+    reduce is the dtype in which the ranks exchange gradients.
+    """
 
     device: str = Limit("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     ddp: Literal[-1, 0, 1] = -1
+    reduce: Literal["fp32", "bf16"] = "fp32"
 
 
 class LoopConfig(Section):
