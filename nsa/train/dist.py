@@ -141,8 +141,10 @@ def _device(name: str, local_rank: int, join: bool) -> torch.device:
 def data_parallel(module: nn.Module, world: World, reduce: str) -> nn.Module:
     """The module with its gradients averaged over the ranks as the backward goes; itself without a process group.
 
-    reduce: fp32, or bf16, which halves what is sent and rounds it.
+    reduce: fp32, or bf16, which halves what is sent and rounds it. Raises ConfigError where that cannot be done.
     """
+    if reduce == "bf16" and world.device.type != "cuda":
+        raise ConfigError(f"runtime.reduce = bf16: NCCL can, gloo on a {world.device.type} cannot; set it to fp32")
     if not world.ddp:
         return module
     # Gradients are views of the buckets, so they are not held and copied twice. No static graph: it would spare a

@@ -92,8 +92,12 @@ def train(cfg: TrainConfig, *, emit: Callable[[str], None] = print) -> TrainResu
         raise ConfigError(str(error)) from error
     world = dist.init(cfg.runtime.ddp, cfg.runtime.device)
     try:
+        if cfg.train.save is not None:
+            check_target(Path(cfg.train.save))
         with stop.listening():
-            return _Run(cfg, world, stop, emit).run()
+            source = open_data(cfg, world)
+            with closing(Loader(source, world.device)) as loader:
+                return _Run(cfg, world, stop, emit, source, loader).run()
     finally:
         world.close()
 
@@ -112,8 +116,17 @@ class _Flight:
 class _Run:
     """The parts of one run and the steps that use them."""
 
-    def __init__(self, cfg: TrainConfig, world: dist.World, stop: Stop, emit: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        world: dist.World,
+        stop: Stop,
+        emit: Callable[[str], None],
+        source: Source,
+        loader: Loader,
+    ) -> None:
         self.cfg, self.world, self.stop, self.emit = cfg, world, stop, emit
+        self.source, self.loader = source, loader
         self.out_dir = Path(cfg.train.out_dir)
         # `launched` counts the steps begun, `step` those that are done and told of.
         self.step = self.launched = 0
@@ -127,10 +140,6 @@ class _Run:
             "seconds": 0.0,
             "waited": 0.0,
         }
-        if cfg.train.save is not None:
-            check_target(Path(cfg.train.save))
-        self.source: Source = open_data(cfg, world)
-        self.loader = Loader(self.source, world.device)
         self._build()
         resumed = self._resume()
         self.latest = resumed[0] if resumed else self.out_dir
@@ -191,7 +200,7 @@ class _Run:
     def run(self) -> TrainResult:
         """Steps until the last, or until a signal."""
         self.log = RunLog(self.out_dir, self.world, self.cfg.train.steps, self.step, self.emit)
-        with closing(self.log), closing(self.loader):
+        with closing(self.log):
             self._write_environment()
             self.log.heartbeat("start", self.step)
             try:
