@@ -17,7 +17,11 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class TrainRow:
-    """training.csv: loss is the mean over ranks, toks_per_s the sum over ranks."""
+    """training.csv: loss is the mean over ranks, toks_per_s the sum over ranks.
+
+    A step's time is from the end of the step before it to its own, as the device has them; validation and checkpoints
+    between steps do not count.
+    """
 
     step: int
     loss: float

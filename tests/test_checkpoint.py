@@ -249,6 +249,9 @@ def test_what_is_no_checkpoint_is_named(tmp_path, text):
     torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"other\.pt: is not a checkpoint of this trainer"):
         checkpoint.load(tmp_path / "other.pt")
+    torch.save({"format": "nsa-train-0", "step": 3}, tmp_path / "old.pt")
+    with pytest.raises(CheckpointError, match=r"old\.pt: is of format nsa-train-0 and this trainer reads nsa-train-"):
+        checkpoint.load(tmp_path / "old.pt")
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):

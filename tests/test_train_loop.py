@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nsa import routing
 from nsa.model import Block, Transformer
 from nsa.records import TrainRow, ValRow, read_rows
-from nsa.train import checkpoint, config, loop
+from nsa.train import checkpoint, config, loop, step
 from nsa.train.errors import LostDataError, NonFiniteError, SaveError, UsageError
 from nsa.train.loader import Loader
 from nsa.train.loop import train
@@ -491,6 +492,24 @@ def test_the_first_step_after_a_resume_is_not_the_lines_speed(tmp_path, monkeypa
     )
     assert "step 0004" in lines[0]
     assert "toks/s 128 " in lines[0]
+
+
+def test_what_comes_between_steps_is_no_steps_time(tmp_path, monkeypatch, ahead):
+    """By a clock on which a batch takes a second, a validation a thousand, and nothing else any."""
+    clock = [0.0]
+
+    def takes(seconds, real):
+        def method(self):
+            clock[0] += seconds
+            return real(self)
+
+        return method
+
+    monkeypatch.setattr(step, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(Loader, "next", takes(1.0, Loader.next))
+    monkeypatch.setattr(loop._Run, "_validate", takes(1000.0, loop._Run._validate))
+    rows = run(tmp_path / "run", steps=6, eval_every=2, save_every=3)
+    assert [row.toks_per_s for row in rows] == 6 * [128.0]
 
 
 @pytest.mark.parametrize(("peak", "field", "value"), [(512.0, "| mfu 0.25 |", 0.25), (None, None, None)])

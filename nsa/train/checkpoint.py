@@ -91,10 +91,18 @@ def load(path: Path) -> dict[str, Any]:
         else:
             if isinstance(state, dict) and state.get("format") == FORMAT:
                 return state
-            raise CheckpointError(f"{path}: is not a checkpoint of this trainer (format {FORMAT}); name one that is")
+            raise CheckpointError(f"{path}: {_foreign(state)}")
     good = last_good(path.parent, but=path)
     remedy = f"the last good one is {good}: pass --resume {good}" if good else "there is no good one beside it"
     raise CheckpointError(f"{path}: damaged: {reason};\n{remedy}")
+
+
+def _foreign(state: Any) -> str:
+    """Why a whole file is not ours to read."""
+    known = state.get("format") if isinstance(state, dict) else None
+    if isinstance(known, str) and known.startswith(FORMAT.rstrip("0123456789")):
+        return f"is of format {known} and this trainer reads {FORMAT}; resume with the version that wrote it"
+    return f"is not a checkpoint of this trainer (format {FORMAT}); name one that is"
 
 
 def save(path: Path, state: dict[str, Any], out_dir: Path | None = None) -> None:
