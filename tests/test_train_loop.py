@@ -271,9 +271,9 @@ def test_reading_a_step_late_changes_no_row_and_no_line(tmp_path, monkeypatch):
     assert [row.loss for row in rows["late"]] == pytest.approx([row.loss for row in rows["at once"]], rel=1e-5)
     assert [row.lr for row in rows["late"]] == [row.lr for row in rows["at once"]]
     assert speechless(lines["late"]) == speechless(lines["at once"])
-    for step in (4, 7):
-        for key, value in weights(tmp_path / "at once", step).items():
-            torch.testing.assert_close(weights(tmp_path / "late", step)[key], value, rtol=1e-4, atol=1e-5)
+    for number in (4, 7):
+        for key, value in weights(tmp_path / "at once", number).items():
+            torch.testing.assert_close(weights(tmp_path / "late", number)[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_launch_reads_nothing_from_the_device(tmp_path, monkeypatch):
