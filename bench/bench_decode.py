@@ -123,7 +123,7 @@ class Sparse:
         self.step(x)
         rope = Rope.of(self.cfg, S - 1, 1, self.device, self.dtype)
         q = rope.tokens(self.attention.q_proj(x).unflatten(-1, (self.cfg.n_heads, self.cfg.d_k)))
-        gate = self.attention.gate_proj(x).view(self.batch, 1, -1, 3).sigmoid()[..., 0]
+        gate = self.attention.gate_proj(x).view(self.batch, 1, -1, 3).sigmoid()[..., :1].to(q.dtype)
         C, recent = n_compressed(S, nsa), slice(max(layer.win.end - nsa.w, 0), layer.win.end)
         k_cmp, v_cmp = layer.cmp.k[:, :C], layer.cmp.v[:, :C]
         k_sel, v_sel = layer.sel.k[:, :S], layer.sel.v[:, :S]
@@ -133,12 +133,12 @@ class Sparse:
 
         def sel() -> torch.Tensor:
             blocks = select_blocks(q, k_cmp, lse, nsa, seq_len=S)
-            return selected_attention(q, k_sel, v_sel, blocks, nsa, seq_len=S, gate=gate)
+            return selected_attention(q, k_sel, v_sel, blocks, nsa, seq_len=S) * gate
 
         return {
-            "cmp": lambda: compressed_attention(q, k_cmp, v_cmp, nsa, seq_len=S, gate=gate),
+            "cmp": lambda: compressed_attention(q, k_cmp, v_cmp, nsa, seq_len=S)[0] * gate,
             "sel": sel,
-            "win": lambda: sliding_window_attention(q, k_win, v_win, nsa, seq_len=S, gate=gate),
+            "win": lambda: sliding_window_attention(q, k_win, v_win, nsa, seq_len=S) * gate,
         }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nsa.blocks import Pattern
+
 PHIS = ("avg", "linear", "mlp")
 GATES = ("sigmoid", "softmax")
 
@@ -57,6 +59,11 @@ class NSAConfig:
             raise ValueError(f"nsa.phi = {self.phi!r}: choose one of {', '.join(PHIS)}")
         if self.gate not in GATES:
             raise ValueError(f"nsa.gate = {self.gate!r}: choose one of {', '.join(GATES)}")
+
+    @property
+    def pattern(self) -> Pattern:
+        """The numbers alone, without phi, gate and projections."""
+        return Pattern(self.l, self.d, self.l_sel, self.n_sel, self.w, self.init_blocks, self.local_blocks)
 
 
 @dataclass(frozen=True)

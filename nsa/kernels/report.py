@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nsa.blocks import Pattern
 from nsa.kernels.recorder import Launch, recorded
 
 # Dynamic shared memory that one block may ask for, in bytes.
@@ -40,15 +41,16 @@ PIPELINED = (
     "selected_device.near_forward",
     "selected_device.block_backward",
     "selected_device.query_forward",
-    "banded_device.forward",
-    "banded_device.backward_dq",
-    "banded_device.backward_dkv",
+    "window_device.forward",
+    "window_device.backward_dq",
+    "window_device.backward_dkv",
 )
 MOST_PROCESSES = 8  # a compiler takes half a GB
 COLUMNS = ("kernel", "arch", "case", "shared", "limit", "registers", "spills", "cp_async", "warps", "stages", "verdict")
 
 
-OPS = ("selection", "selected", "combine", "banded")
+PATTERN = Pattern(l=32, d=16, l_sel=64, n_sel=16, w=512, init_blocks=1, local_blocks=2)
+OPS = ("selection", "selected", "combine", "window")
 
 
 class Case(NamedTuple):
@@ -88,20 +90,18 @@ def launches(case: Case, sm: int) -> list[Launch]:
     modules = {op: importlib.import_module(f"nsa.kernels.{op}") for op in case.ops}
     with recorded(sm) as recording:
         if "selection" in modules:
-            pattern = {"l": 32, "d": 16, "l_sel": 64, "n_sel": 16, "init_blocks": 1, "local_blocks": 2}
-            cmp = k[:, : (case.S - 32) // 16 + 1]
-            modules["selection"].select(q, cmp, lse, **pattern, seq_len=case.S)
+            modules["selection"].select(q, k[:, : (case.S - 32) // 16 + 1], lse, PATTERN, case.S)
         if "selected" in modules:
-            modules["selected"].forward(q, k, k, blocks, 64, case.S, False)
+            modules["selected"].forward(q, k, k, blocks, PATTERN, case.S, False, "triton")
             if case.T == case.S:
-                modules["selected"].backward(q, q, k, k, blocks, q, lse, 64, case.S)
+                modules["selected"].backward(q, q, k, k, blocks, q, lse, PATTERN, case.S, "triton", None, None)
         if "combine" in modules:
             modules["combine"].forward(q, q, q, logits, False)
             modules["combine"].backward(q, q, q, q, logits, False)
-        if "banded" in modules and not modules["banded"].unsupported(q, k):
-            modules["banded"].forward(q, k, k, 512)
+        if "window" in modules and not modules["window"].unsupported("triton", q, k, k):
+            modules["window"].forward(q, k, k, None, PATTERN, case.S, False, "triton")
             if case.T == case.S:
-                modules["banded"].backward(q, q, k, k, q, lse, 512)
+                modules["window"].backward(q, q, k, k, None, q, lse, PATTERN, case.S, "triton", None, None)
     return recording.launches
 
 

@@ -194,33 +194,6 @@ def test_gates_and_their_sum_are_equation_5(kind):
     torch.testing.assert_close(combine(*outs, logits, cfg), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("op", ["compressed", "selected-reference", "selected-torch", "window"])
-def test_a_gate_scales_its_branch_and_gets_a_gradient(op):
-    cfg, S, T = shapes.PATTERNS["small"], 49, 20
-    q, k, v = inputs(2, T, S)
-    gate = torch.rand(2, T, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    chosen = fixed_selection(2, T, 2, S, cfg)
-    C = arithmetic.n_compressed(S, cfg)
-
-    def run(q, k, v, gate):
-        if op == "compressed":
-            return compressed_attention(q, k[:, :C], v[:, :C], cfg, seq_len=S, gate=gate)[0]
-        if op == "window":
-            return sliding_window_attention(q, k, v, cfg, gate=gate)
-        return selected_attention(q, k, v, chosen, cfg, gate=gate, backend=op.split("-")[1])
-
-    def expected(q, k, v, gate):
-        if op == "compressed":
-            out = oracle.compressed_attention(q, k[:, :C], v[:, :C], cfg, seq_len=S)[0]
-        elif op == "window":
-            out = oracle.sliding_window_attention(q, k, v, cfg)
-        else:
-            out = oracle.selected_attention(q, k, v, chosen, cfg)
-        return out * gate[..., None]
-
-    assert_same(run, expected, q, k, v, gate)
-
-
 # Ragged rows
 
 

@@ -13,20 +13,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _small_tiles(kernel, sm, dim, itemsize):
-    from nsa.kernels import banded
+    from nsa.kernels import window
 
-    return banded.Launch(32, 16, 4, 1)
+    return window.Launch(32, 16, 4, 1)
 
 
 def _excess(shape, w, dtype=torch.float32, contiguous=True):
     """In tiles of 32 rows and 16 keys, so that a few dozen tokens have tiles of every kind."""
-    from nsa.kernels import banded
+    from nsa.kernels import window
 
-    stock, banded.launch = banded.launch, _small_tiles
+    stock, window.launch = window.launch, _small_tiles
     try:
         return cases.excess(shape, w, dtype, contiguous=contiguous, guard=_bounds_checked)
     finally:
-        banded.launch = stock
+        window.launch = stock
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -172,11 +172,11 @@ def test_a_sequence_length_that_does_not_fit_is_named(op, seq_len, said):
 
 def test_too_few_keys_are_counted():
     q, k, v = inputs(1, 4, 9)
-    with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 has 19"):
+    with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 need 19"):
         compressed_attention(q, k, v, CFG, seq_len=80)
-    with pytest.raises(ValueError, match=r"9 keys.*w = 20 need 23"):
+    with pytest.raises(ValueError, match=r"9 keys.*seq_len = 80 need 23"):
         sliding_window_attention(q, k, v, CFG, seq_len=80)
-    with pytest.raises(ValueError, match="seq_len = 80 but k holds 9"):
+    with pytest.raises(ValueError, match=r"9 keys.*seq_len = 80 need 80"):
         selected_attention(q, k, v, fixed_selection(1, 4, 2, 9, CFG), CFG, seq_len=80)
 
 
@@ -201,13 +201,13 @@ def test_a_block_list_of_another_shape_or_type_is_named():
 def test_rows_longer_than_the_keys_are_refused():
     q, k, v = inputs(2, 20, 9)
     rows = torch.tensor([20, 80], dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 has 19"):
+    with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 need 19"):
         compressed_attention(q, k, v, CFG, seq_len=rows)
-    with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 has 19"):
+    with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 need 19"):
         select_blocks(q, k, torch.zeros(2, 20, 4, dtype=torch.float64), CFG, seq_len=rows)
-    with pytest.raises(ValueError, match=r"9 keys.*w = 20 need 39"):
+    with pytest.raises(ValueError, match=r"9 keys.*seq_len = 80 need 39"):
         sliding_window_attention(q, k, v, CFG, seq_len=rows)
-    with pytest.raises(ValueError, match="seq_len = 80 but k holds 9"):
+    with pytest.raises(ValueError, match=r"9 keys.*seq_len = 80 need 80"):
         selected_attention(q, k, v, fixed_selection(2, 20, 2, 20, CFG), CFG, seq_len=rows)
 
 

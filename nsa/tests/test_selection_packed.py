@@ -263,7 +263,7 @@ def test_the_logsumexp_of_a_query_with_no_block_is_that_of_nothing(T):
     cfg, S = shapes.PATTERNS["small"], 49
     chosen = fixed_selection(1, T, 2, S, cfg)
     chosen[:, T // 3], chosen[:, 2 * T // 3, 1] = -1, -1
-    lse = torch.ops.nsa.selected_attention(*inputs(1, T, S), chosen, cfg.l_sel, S, None, False, "torch")[1]
+    lse = torch.ops.nsa.selected_attention(*inputs(1, T, S), chosen, list(cfg.pattern), S, None, False, "torch")[1]
     assert torch.equal(lse.isneginf(), (chosen < 0).all(-1).repeat_interleave(2, -1))
 
 

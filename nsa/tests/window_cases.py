@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nsa import NSAConfig
-from nsa.kernels.window import reads
+from nsa.kernels.flash.window import reads
 from nsa.ops.window import sliding_window_attention_reference
 from nsa.testing import inputs, oracle
 
@@ -31,16 +31,17 @@ def run(
 
     What torch.empty returns is NaN: a result that holds was written, all of it.
     """
-    from nsa.kernels import banded
+    from nsa.kernels import window
 
     B, T, S, G, R, Dk, Dv = shape
+    p = NSAConfig(w=w).pattern
     q, k, v = inputs(B, T, S, G=G, R=R, Dk=Dk, Dv=Dv, dtype=dtype, contiguous=contiguous, device=device)
     dout = inputs(B, T, S, G=G, R=R, Dk=Dv, dtype=dtype, contiguous=contiguous, device=device, seed=1).q
     torch.use_deterministic_algorithms(True)
     try:
         with guard():
-            out, lse = banded.forward(q, k, v, w)
-            grads = banded.backward(dout, q, k, v, out, lse, w)
+            out, lse, _ = window.forward(q, k, v, None, p, S, False, "triton")
+            grads = window.backward(dout, q, k, v, None, out, lse, p, S, "triton", None, None)
     finally:
         torch.use_deterministic_algorithms(False)
     return (q, k, v, dout), (out, *grads), lse

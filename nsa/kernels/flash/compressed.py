@@ -14,7 +14,9 @@ from functools import lru_cache
 
 import torch
 
-from nsa.kernels import fused
+from nsa.blocks import Pattern
+from nsa.kernels.flash import operators
+from nsa.kernels.plain.dense import gated
 
 # From this many elements of q on cuDNN was measured ahead of FA-2 (sm_90). Below, what it costs on the host outweighs
 # that, and it builds a new plan, 0.1 s and more, for every new length.
@@ -25,7 +27,7 @@ def unsupported(
     backend: str, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, *, seq_len: int | None = None
 ) -> list[str]:
     """Reasons against flash or cudnn for q [B,T,H,Dk], k_cmp [B,C,G,Dk], v_cmp [B,C,G,Dv]; seq_len T unless given."""
-    reasons = fused.unsupported(backend, q, v_cmp)
+    reasons = operators.unsupported(backend, q, v_cmp)
     if backend == "cudnn":
         if seq_len not in (None, q.shape[1]):
             reasons.append("cudnn wants whole sequences: as many queries as positions")
@@ -98,10 +100,10 @@ def runs(T: int, S: int, l: int, d: int) -> tuple[Run, ...]:  # noqa: E741
 
 
 def _calls(q: torch.Tensor, S: int, l: int, d: int) -> Iterator[Run]:  # noqa: E741
-    """The runs, cut so that no call holds more than `fused.CALL_ELEMENTS` of q."""
+    """The runs, cut so that no call holds more than `operators.CALL_ELEMENTS` of q."""
     B, T, H, D = q.shape
     for run in runs(T, S, l, d):
-        step = max(1, fused.CALL_ELEMENTS // (B * run.rows * H * D)) if run.causal else run.residues
+        step = max(1, operators.CALL_ELEMENTS // (B * run.rows * H * D)) if run.causal else run.residues
         if step >= run.residues:
             yield run
             continue
@@ -110,55 +112,41 @@ def _calls(q: torch.Tensor, S: int, l: int, d: int) -> Iterator[Run]:  # noqa: E
 
 
 def forward(
-    backend: str,
-    q: torch.Tensor,
-    k_cmp: torch.Tensor,
-    v_cmp: torch.Tensor,
-    l: int,  # noqa: E741
-    d: int,
-    S: int,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """out [B,T,H,Dv], lse [B,T,H] fp32, and the keys read by one batch row and group. Shapes as the op's."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: None, p: Pattern, S: int, count: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out [B,T,H,Dv], lse [B,T,H] fp32, and the keys read [B,G] or []. Shapes as the op's."""
     B, T, H, D = q.shape
-    out, lse, n = q.new_empty(B, T, H, v_cmp.shape[3]), q.new_empty(B, T, H, dtype=torch.float32), 0
-    blind = blind_queries(T, S, l)
+    out, lse, n = q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, T, H, dtype=torch.float32), 0
+    blind = blind_queries(T, S, p.l)
     if blind:
         out[:, :blind], lse[:, :blind] = 0.0, float("-inf")
-    for run in _calls(q, S, l, d):
-        part, part_lse = fused.forward(
-            backend, run.queries(q), run.shared_keys(k_cmp), run.shared_keys(v_cmp), D**-0.5, causal=run.causal
+    for run in _calls(q, S, p.l, p.d):
+        part, part_lse = operators.forward(
+            backend, run.queries(q), run.shared_keys(k), run.shared_keys(v), D**-0.5, causal=run.causal
         )
         for whole, piece in ((out, part), (lse, part_lse.transpose(1, 2))):
             whole_part = run.problems(whole)
             whole_part.copy_(piece.unflatten(0, whole_part.shape[:2]))
         n += run.reads()
-    return out, lse, n
+    return out, lse, q.new_full((B, k.shape[2]) if count else (0,), n, dtype=torch.int64)
 
 
 def backward(
-    backend: str,
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k_cmp: torch.Tensor,
-    v_cmp: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    l: int,  # noqa: E741
-    d: int,
-    S: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk_cmp, dv_cmp; the residues' shares of dk_cmp and dv_cmp are summed in fp32."""
-    B, D = q.shape[0], q.shape[3]
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: None, out: torch.Tensor,
+    lse: torch.Tensor, p: Pattern, S: int, backend: str, gate: torch.Tensor | None, delta: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dq, dk, dv of `forward`'s out; the residues' shares of dk and dv are summed in fp32."""
+    B, D, dout = q.shape[0], q.shape[3], gated(dout, gate)
     dq = q.new_empty(q.shape)
-    dq[:, : blind_queries(q.shape[1], S, l)] = 0.0
-    dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k_cmp, v_cmp))
-    for run in _calls(q, S, l, d):
-        part_dq, part_dk, part_dv = fused.backward(
+    dq[:, : blind_queries(q.shape[1], S, p.l)] = 0.0
+    dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
+    for run in _calls(q, S, p.l, p.d):
+        part_dq, part_dk, part_dv = operators.backward(
             backend,
             run.queries(dout),
             run.queries(q),
-            run.shared_keys(k_cmp),
-            run.shared_keys(v_cmp),
+            run.shared_keys(k),
+            run.shared_keys(v),
             run.queries(out),
             run.queries(lse).transpose(1, 2),
             D**-0.5,
@@ -168,4 +156,4 @@ def backward(
         whole_part.copy_(part_dq.unflatten(0, whole_part.shape[:2]))
         for whole, piece in ((dk, part_dk), (dv, part_dv)):
             whole[:, : run.keys] += piece.unflatten(0, (B, -1)).sum(1, dtype=torch.float32)
-    return dq, dk.to(k_cmp.dtype), dv.to(v_cmp.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)

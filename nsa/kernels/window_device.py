@@ -1,4 +1,4 @@
-"""The kernels of banded.py. Strides are named by tensor and axis: sq_t is q's over tokens.
+"""The kernels of window.py. Strides are named by tensor and axis: sq_t is q's over tokens.
 
 Sizes: R heads a group; DK, DV head dims in tiles of DKP, DVP; ROWS of a tile, a row being one head of one query, packed
 without a gap; SPAN the queries that a tile's rows may touch, in a tile of DIAG keys; KEYS of a tile; IP the precision
