@@ -8,12 +8,8 @@ from torch import nn
 from nsa.blocks import n_compressed
 from nsa.cache import LayerCache
 from nsa.config import ModelConfig
-from nsa.ops.combine import combine
+from nsa.ops.attention import sparse_attention
 from nsa.ops.compress import compress, make_phi
-from nsa.ops.compressed import compressed_attention
-from nsa.ops.selected import selected_attention
-from nsa.ops.selection import select_blocks
-from nsa.ops.window import sliding_window_attention
 from nsa.rope import Rope
 
 
@@ -50,23 +46,19 @@ class NativeSparseAttention(nn.Module):
         k_raw, k_sel, k_win = self._keys(x, rope)
         v_raw, v_sel, v_win = self._values(x)
 
-        reads: list[torch.Tensor | None]
         if cache is None:
-            S, reads = T, [None] * 3
+            S, reads = T, None
             k_cmp, v_cmp = self._compress(k_raw, v_raw, rope, 0)
         else:
-            S, reads = cache.length + T, list(cache.reads)
+            S, reads = cache.length + T, cache.reads
             k_cmp, v_cmp = self._compress_onto(cache, k_raw, v_raw, rope)
             k_sel, v_sel = cache.sel.write(cache.length, k_sel, v_sel)
             k_win, v_win = cache.win.append(k_win, v_win)
             cache.length = S
 
-        cmp, lse = compressed_attention(q, k_cmp, v_cmp, nsa, seq_len=S, reads=reads[0])
-        blocks = select_blocks(q, k_cmp, lse, nsa, seq_len=S)
-        sel = selected_attention(q, k_sel, v_sel, blocks, nsa, seq_len=S, reads=reads[1])
-        win = sliding_window_attention(q, k_win, v_win, nsa, seq_len=S, reads=reads[2])
         logits = self.gate_proj(x).view(B, T, cfg.n_heads, 3)
-        return self.o_proj(combine(cmp, sel, win, logits, nsa).flatten(2))
+        out = sparse_attention(q, (k_cmp, v_cmp), (k_sel, v_sel), (k_win, v_win), logits, nsa, seq_len=S, reads=reads)
+        return self.o_proj(out.flatten(2))
 
     def _keys(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, ...]:
         """x [B,T,dim] -> the keys of cmp, not rotated, and those of sel and win, rotated; each [B,T,G,Dk]."""

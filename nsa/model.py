@@ -145,10 +145,11 @@ class Transformer(nn.Module):
 
 
 def _keep_block_choice() -> Any:
-    """Selective checkpointing: save `select_blocks`' output (int32, B*T*G*N*4 bytes a layer), recompute the rest."""
+    """Selective checkpointing: save what the core of a layer gives, its branches' outputs too, so that nothing of it is
+    computed or chosen twice; recompute the rest."""
 
     def kept(op: Any) -> bool:
-        return op is torch.ops.nsa.select_blocks.default
+        return op is torch.ops.nsa.attention.default
 
     if not hasattr(checkpoint, "create_selective_checkpoint_contexts"):  # torch 2.4 has it under a private name
         contexts = vars(checkpoint)["_pt2_selective_checkpoint_context_fn_gen"]

@@ -58,36 +58,50 @@ def _reference(
     return torch.addcmul(torch.addcmul(cmp * g_cmp, sel, g_sel), win, g_win)
 
 
-def _reference_backward(
-    dout: torch.Tensor, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `_reference`'s inputs."""
-    wide = torch.promote_types(dout.dtype, torch.float32)
-    g = _gates(logits.to(wide), softmax)
-    d_gates = torch.stack([(dout * x).sum(-1, dtype=wide) for x in (cmp, sel, win)], -1)
-    d_logits = g * (d_gates - (g * d_gates).sum(-1, keepdim=True)) if softmax else d_gates * g * (1 - g)
-    d_cmp, d_sel, d_win = (dout * gate for gate in g.to(dout.dtype).unsqueeze(-1).unbind(-2))
-    return d_cmp, d_sel, d_win, d_logits.to(logits.dtype)
-
-
-def _body(cmp, sel, win, logits, softmax, backend):
-    route = routing.choose("combine", cmp, sel, win, logits, backend=backend)
-    routing.launches["combine", route.backend] += 1
-    if route.backend == "triton":
+def summed(
+    backend: str, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool
+) -> torch.Tensor:
+    """The gated sum by a backend that `routing` chose."""
+    routing.launches["combine", backend] += 1
+    if backend == "triton":
         from nsa.kernels import combine as kernel
 
         return kernel.forward(cmp, sel, win, logits, softmax)
     return _reference(cmp, sel, win, logits, softmax)
 
 
+def fold(
+    backend: str, dout: torch.Tensor, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor,
+    softmax: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What the branches' backward passes need of the gated sum's, in place of three scaled gradients: d_logits, gates
+    [3,B,T,H] and deltas [3,B,T,H], gate * rowsum(dout * branch output), both in at least fp32."""
+    routing.launches["combine_backward", backend] += 1
+    if backend == "triton":
+        from nsa.kernels import combine as kernel
+
+        return kernel.fold(dout, cmp, sel, win, logits, softmax)
+    wide = torch.promote_types(dout.dtype, torch.float32)
+    g = _gates(logits.to(wide), softmax).movedim(-1, 0)
+    deltas = g * torch.stack([(dout.to(wide) * x).sum(-1) for x in (cmp, sel, win)])
+    d_logits = deltas - g * deltas.sum(0) if softmax else deltas * (1 - g)
+    return d_logits.movedim(0, -1).to(logits.dtype), g, deltas
+
+
+def _body(cmp, sel, win, logits, softmax, backend):
+    route = routing.choose("combine", cmp, sel, win, logits, backend=backend)
+    return summed(route.backend, cmp, sel, win, logits, softmax)
+
+
 def _body_backward(dout, cmp, sel, win, logits, softmax, backend):
     route = routing.choose("combine", cmp, sel, win, logits, backend=backend, training=True)
-    routing.launches["combine_backward", route.backend] += 1
     if route.backend == "triton":
         from nsa.kernels import combine as kernel
 
+        routing.launches["combine_backward", route.backend] += 1
         return kernel.backward(dout, cmp, sel, win, logits, softmax)
-    return _reference_backward(dout, cmp, sel, win, logits, softmax)
+    d_logits, g, _ = fold(route.backend, dout, cmp, sel, win, logits, softmax)
+    return *(dout * one.unsqueeze(-1).to(dout.dtype) for one in g), d_logits
 
 
 _forward = operator.define(

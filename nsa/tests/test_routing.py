@@ -200,7 +200,7 @@ def test_a_block_list_of_another_shape_or_type_is_named():
 
 def test_rows_longer_than_the_keys_are_refused():
     q, k, v = inputs(2, 20, 9)
-    rows = torch.tensor([20, 80], dtype=torch.int32)
+    rows = torch.tensor([9, 80], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 need 19"):
         compressed_attention(q, k, v, CFG, seq_len=rows)
     with pytest.raises(ValueError, match=r"9 compressed keys.*seq_len = 80 need 19"):
