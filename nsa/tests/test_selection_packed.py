@@ -207,6 +207,8 @@ def test_the_measure_of_regret_sees_a_bad_choice():
     assert regrets(best, scores, best) == (0.0, 0.0)
     assert regrets(near, scores, best) == (1.0, pytest.approx(2e-4, rel=1e-3))
     assert regrets(bad, scores, best)[1] == pytest.approx(0.8)
+    scores[..., 2] = 0.5 * (1 - 6e-9)  # a tie but for rounding
+    assert regrets(near, scores, best) == (0.0, pytest.approx(6e-9, rel=1e-3))
     with pytest.raises(AssertionError, match="displaced"):
         assert_low_regret(bad, scores, best)
 
