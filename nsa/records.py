@@ -66,15 +66,16 @@ class DecodeRow(DecodeTiming):
 class AttentionRow:
     """A row of bench_attention: one part at one length. None, an empty cell: not measured, or does not apply.
 
-    Times are medians in ms; step_ms is forward and backward in one call. peak_mib is what the part's inputs, results,
-    gradients and workspace hold at once. X_vs_Y is dense attention Y's time over this part's, same run, layout and S.
-    agreement is the share of a query's free blocks that the query before it chose; heaviest, the share of queries that
+    Times are medians in ms; step_ms is forward and backward in one call, as called; X_ops the operations that the
+    device was given. peak_mib is what the part's inputs, results, gradients and workspace hold at once. X_vs_Y is dense
+    attention Y's time over this part's, same run, layout and S. agreement is the share of a query's free blocks that the query before it chose; heaviest, the share of queries that
     chose the block chosen most often. status is "ok", or why there are no times.
     """
 
     heads: int
     groups: int
     dim: int
+    B: int
     S: int
     inputs: str
     part: str
@@ -82,6 +83,8 @@ class AttentionRow:
     fwd_ms: float | None
     bwd_ms: float | None
     step_ms: float | None
+    fwd_ops: int | None
+    bwd_ops: int | None
     peak_mib: float | None
     fwd_vs_flash: float | None
     bwd_vs_flash: float | None
