@@ -68,8 +68,9 @@ class AttentionRow:
 
     Times are medians in ms; step_ms is forward and backward in one call, as called; X_ops the operations that the
     device was given. peak_mib is what the part's inputs, results, gradients and workspace hold at once. X_vs_Y is dense
-    attention Y's time over this part's, same run, layout and S. agreement is the share of a query's free blocks that the query before it chose; heaviest, the share of queries that
-    chose the block chosen most often. status is "ok", or why there are no times.
+    attention Y's time over this part's, same run, layout and S. agreement is the share of a query's free blocks that
+    the query before it chose; heaviest, the share of queries that chose the block chosen most often. status is "ok", or
+    why there are no times.
     """
 
     heads: int

@@ -139,10 +139,7 @@ def _score(
             for head in range(0, R, HEADS):
                 live = c_inside & (head + c_head < R)
                 query = tl.load(q_at + (zero + head) * q_h, mask=live[:, None] & (dim < D)[None, :], other=0.0)
-                shift = (
-                    tl.load(lse_at + (zero + head) * lse_h, mask=live, other=float("inf")) * 1.4426950408889634
-                    - HEADROOM
-                )
+                shift = tl.load(lse_at + (zero + head) * lse_h, mask=live, other=float("inf")) * 1.4426950408889634
                 s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
                 p += tl.sum(tl.reshape(tl.exp2(s * scale - (shift - HEADROOM)[None, :]), (BM, HEADS, BQ)), 1)
         # Visibility is the same for all heads, so it is applied to their sum.
