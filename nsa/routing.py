@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 PREFERENCES: dict[str, tuple[str, ...]] = {
-    "compressed": ("cudnn", "flash", "sdpa", "reference"),
+    "compressed": ("triton", "cudnn", "flash", "sdpa", "reference"),
     "selection": ("triton", "torch", "reference"),
     "selected": ("triton", "torch", "reference"),
     "window": ("triton", "flash", "sdpa", "reference"),
@@ -33,6 +33,7 @@ BACKENDS = ("reference", "torch", "sdpa", "flash", "cudnn", "triton")
 # compiled: each launch fits the card (`python -m nsa.kernels.report`) and the arithmetic holds in the interpreter, on
 #           every CPU run. They run when asked for, by name or by their flag.
 TRITON_PROOF: dict[str, dict[int, str]] = {
+    "compressed": {80: "compiled", 89: "compiled", 90: "compiled"},
     "selection": {80: "compiled", 89: "compiled", 90: "measured"},
     "selected": {80: "compiled", 89: "compiled", 90: "measured"},
     "combine": {80: "compiled", 89: "compiled", 90: "measured"},

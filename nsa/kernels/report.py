@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nsa.blocks import Pattern
+from nsa.blocks import Pattern, n_compressed
 from nsa.kernels.recorder import Launch, recorded
 
 # Dynamic shared memory that one block may ask for, in bytes.
@@ -44,13 +44,16 @@ PIPELINED = (
     "window_device.forward",
     "window_device.backward_dq",
     "window_device.backward_dkv",
+    "compressed_device.forward",
+    "compressed_device.backward_dq",
+    "compressed_device.backward_dkv",
 )
 MOST_PROCESSES = 8  # a compiler takes half a GB
 COLUMNS = ("kernel", "arch", "case", "shared", "limit", "registers", "spills", "cp_async", "warps", "stages", "verdict")
 
 
 PATTERN = Pattern(l=32, d=16, l_sel=64, n_sel=16, w=512, init_blocks=1, local_blocks=2)
-OPS = ("selection", "selected", "combine", "window")
+OPS = ("compressed", "selection", "selected", "combine", "window")
 
 
 class Case(NamedTuple):
@@ -89,8 +92,14 @@ def launches(case: Case, sm: int) -> list[Launch]:
     blocks, logits = tensor(1, case.T, G, 16, dtype=torch.int32), tensor(1, case.T, H, 3)
     modules = {op: importlib.import_module(f"nsa.kernels.{op}") for op in case.ops}
     with recorded(sm) as recording:
+        if "compressed" in modules and not modules["compressed"].unsupported("triton", q, k, k):
+            k_cmp, rest = k[:, : n_compressed(case.S, PATTERN)], (PATTERN, case.S)
+            modules["compressed"].forward(q, k_cmp, k_cmp, None, *rest, False, "triton")
+            if case.T == case.S:
+                for gate in (None, lse):
+                    modules["compressed"].backward(q, q, k_cmp, k_cmp, None, q, lse, *rest, "triton", gate, gate)
         if "selection" in modules:
-            modules["selection"].select(q, k[:, : (case.S - 32) // 16 + 1], lse, PATTERN, case.S)
+            modules["selection"].select(q, k[:, : n_compressed(case.S, PATTERN)], lse, PATTERN, case.S)
         if "selected" in modules:
             modules["selected"].forward(q, k, k, blocks, PATTERN, case.S, False, "triton")
             if case.T == case.S:
