@@ -4,7 +4,8 @@ A form is a module that `routing.form` names, with
     forward(q, k, v, blocks, pattern, S, count, backend) -> out, lse, reads
     backward(dout, q, k, v, blocks, out, lse, pattern, S, backend, gate, delta) -> dq, dk, dv
 blocks are the selected branch's alone. reads [B,G] int64 are counted where keys are loaded, and empty unless `count`.
-A form with RAGGED = True also takes lengths=, and then waits for no device. With gate [B,T,H] fp32 the upstream gradient is dout * gate; delta is then gate * rowsum(dout * out).
+With gate [B,T,H] fp32 the upstream gradient is dout * gate; delta is then gate * rowsum(dout * out). A form with
+RAGGED = True also takes `lengths`, and then waits for no device.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def backward(
 
 
 def _walks_rows(form: Any) -> bool:
-    """Whether a form takes the ragged lengths themselves, `lengths=rows`, and reads no key past them or past k's end."""
+    """Whether a form takes the lengths themselves, and reads no key past them or past k's end."""
     return getattr(form, "RAGGED", False)
 
 
