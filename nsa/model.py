@@ -1,4 +1,4 @@
-"""A decoder-only transformer over NSA layers: RMSNorm, attention, SwiGLU, tied embeddings; and its generation loop."""
+"""A decoder-only transformer over NSA layers or their dense twins: RMSNorm, attention, SwiGLU, tied embeddings; and its generation loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import checkpoint
 
-from nsa.attention import NativeSparseAttention
+from nsa.attention import DenseAttention, NativeSparseAttention
 from nsa.cache import KVCache, LayerCache
 from nsa.config import ModelConfig
 from nsa.rope import Rope
@@ -37,7 +37,7 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.attention = NativeSparseAttention(cfg)
+        self.attention = NativeSparseAttention(cfg) if cfg.attention == "nsa" else DenseAttention(cfg)
         self.ffn_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.ffn = SwiGLU(cfg.dim, cfg.hidden_dim)
 
@@ -83,8 +83,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.check_fits(self.cfg, len(ids))
         x = self.embed(ids)
-        T = ids.shape[1]
-        rope = Rope.of(self.cfg, 0, T, ids.device, x.dtype) if cache is None else cache.rope(T, x)
+        rope = Rope.of(self.cfg, 0 if cache is None else cache.length, ids.shape[1], ids.device, x.dtype)
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 x = block(x, rope, cache.layers[i])
