@@ -52,13 +52,16 @@ def _switch(value: Any) -> Any:
 
 class RuntimeConfig(Section):
     """device auto takes CUDA where there is one; precision bf16 is autocast over fp32 weights; ddp as `dist.init`;
-    compile auto compiles the blocks on CUDA where that was measured (`nsa.model.compile_blocks`)."""
+    compile auto compiles the blocks on CUDA where that was measured (`nsa.model.compile_blocks`); reduce is the dtype in
+    which the ranks exchange gradients.
+    """
 
     device: str = Limit("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     gradient_checkpointing: bool = False
     ddp: Literal[-1, 0, 1] = -1
+    reduce: Literal["fp32", "bf16"] = "fp32"
 
 
 class LoopConfig(Section):
