@@ -69,14 +69,14 @@ class Dense:
         sizes["o"] = (H * cfg.d_v, cfg.dim)
         self.project = torch.nn.ModuleDict({name: torch.nn.Linear(*size, bias=False) for name, size in sizes.items()})
         self.project.to(device, dtype)
-        self.rope = Rope.of(cfg, 0, max_len, device, dtype)
+        self.device, self.dtype = device, dtype
         self.k = torch.randn(batch, G, max_len, cfg.d_k, device=device, dtype=dtype)
         self.v = torch.randn(batch, G, max_len, cfg.d_v, device=device, dtype=dtype)
 
     def step(self, x: torch.Tensor, S: int) -> torch.Tensor:
         """x [B,1,dim], the token at position S-1 -> [B,1,dim]."""
         cfg, p = self.cfg, self.project
-        rope = self.rope.part(S - 1, 1)
+        rope = Rope.of(cfg, S - 1, 1, self.device, self.dtype)
         q = rope.tokens(p["q"](x).unflatten(-1, (cfg.n_heads, cfg.d_k)))
         k = rope.tokens(p["k"](x).unflatten(-1, (cfg.n_kv_groups, cfg.d_k)))
         self.k[:, :, S - 1], self.v[:, :, S - 1] = k[:, 0], p["v"](x).unflatten(-1, (cfg.n_kv_groups, cfg.d_v))[:, 0]
@@ -123,7 +123,7 @@ class Sparse:
         self.step(x)
         rope = Rope.of(self.cfg, S - 1, 1, self.device, self.dtype)
         q = rope.tokens(self.attention.q_proj(x).unflatten(-1, (self.cfg.n_heads, self.cfg.d_k)))
-        gate = self.attention.gate_proj(x).view(self.batch, 1, -1, 3).sigmoid()[..., 0]
+        gate = self.attention.gate_proj(x).view(self.batch, 1, -1, 3).sigmoid()[..., :1].to(q.dtype)
         C, recent = n_compressed(S, nsa), slice(max(layer.win.end - nsa.w, 0), layer.win.end)
         k_cmp, v_cmp = layer.cmp.k[:, :C], layer.cmp.v[:, :C]
         k_sel, v_sel = layer.sel.k[:, :S], layer.sel.v[:, :S]
@@ -133,12 +133,12 @@ class Sparse:
 
         def sel() -> torch.Tensor:
             blocks = select_blocks(q, k_cmp, lse, nsa, seq_len=S)
-            return selected_attention(q, k_sel, v_sel, blocks, nsa, seq_len=S, gate=gate)
+            return selected_attention(q, k_sel, v_sel, blocks, nsa, seq_len=S) * gate
 
         return {
-            "cmp": lambda: compressed_attention(q, k_cmp, v_cmp, nsa, seq_len=S, gate=gate),
+            "cmp": lambda: compressed_attention(q, k_cmp, v_cmp, nsa, seq_len=S)[0] * gate,
             "sel": sel,
-            "win": lambda: sliding_window_attention(q, k_win, v_win, nsa, seq_len=S, gate=gate),
+            "win": lambda: sliding_window_attention(q, k_win, v_win, nsa, seq_len=S) * gate,
         }
 
 

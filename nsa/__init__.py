@@ -20,6 +20,7 @@ _HOMES = {
     "NativeSparseAttention": "nsa.attention",
     "KVCache": "nsa.cache",
     "Transformer": "nsa.model",
+    "sparse_attention": "nsa.ops.attention",
     "compress": "nsa.ops.compress",
     "compressed_attention": "nsa.ops.compressed",
     "select_blocks": "nsa.ops.selection",

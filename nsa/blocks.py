@@ -5,9 +5,22 @@ S is the number of positions so far; t a position (0-based); j a compressed bloc
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from nsa.config import NSAConfig
+if TYPE_CHECKING:
+    from nsa.config import NSAConfig
+
+
+class Pattern(NamedTuple):
+    """The numbers of a sparse pattern, as the operators and kernels take them; what they mean: `NSAConfig`."""
+
+    l: int  # noqa: E741 - the paper's symbol
+    d: int
+    l_sel: int
+    n_sel: int
+    w: int
+    init_blocks: int
+    local_blocks: int
 
 
 class Reads(NamedTuple):
@@ -22,17 +35,17 @@ class Reads(NamedTuple):
         return self.cmp + self.sel + self.win
 
 
-def n_compressed(S: int, cfg: NSAConfig) -> int:
+def n_compressed(S: int, cfg: NSAConfig | Pattern) -> int:
     """C(S): compressed blocks that are whole within S positions. Block j covers tokens [j*d, j*d + l)."""
     return 0 if cfg.l > S else (S - cfg.l) // cfg.d + 1
 
 
-def n_selection(S: int, cfg: NSAConfig) -> int:
+def n_selection(S: int, cfg: NSAConfig | Pattern) -> int:
     """M(S): selection blocks that hold at least one of S positions. Block m covers tokens [m*l', (m+1)*l')."""
     return -(-S // cfg.l_sel)
 
 
-def overlap_taps(cfg: NSAConfig) -> list[tuple[int, int]]:
+def overlap_taps(cfg: NSAConfig | Pattern) -> list[tuple[int, int]]:
     """Eq. 9 as (offset, weight): p_slc[m] = sum of weight * p_cmp[m*l'/d + offset], offsets ascending.
 
     The weight is the number of tokens that the two blocks share, in strides of d. 32/16/64 gives

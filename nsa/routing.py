@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 PREFERENCES: dict[str, tuple[str, ...]] = {
-    "compressed": ("cudnn", "flash", "sdpa", "reference"),
+    "compressed": ("triton", "cudnn", "flash", "sdpa", "reference"),
     "selection": ("triton", "torch", "reference"),
     "selected": ("triton", "torch", "reference"),
     "window": ("triton", "flash", "sdpa", "reference"),
@@ -33,12 +33,13 @@ BACKENDS = ("reference", "torch", "sdpa", "flash", "cudnn", "triton")
 # compiled: each launch fits the card (`python -m nsa.kernels.report`) and the arithmetic holds in the interpreter, on
 #           every CPU run. They run when asked for, by name or by their flag.
 TRITON_PROOF: dict[str, dict[int, str]] = {
+    "compressed": {80: "compiled", 89: "compiled", 90: "compiled"},
     "selection": {80: "compiled", 89: "compiled", 90: "measured"},
     "selected": {80: "compiled", 89: "compiled", 90: "measured"},
     "combine": {80: "compiled", 89: "compiled", 90: "measured"},
     "window": {80: "compiled", 89: "compiled", 90: "measured"},
 }
-# The ops whose Triton kernels NSA_USE_TRITON_SEL is about.
+# The ops that NSA_USE_TRITON_SEL=0 takes Triton from; NSA_USE_TRITON_SEL=1 asks for the kernels of all of them.
 _TRITON_SEL = ("selection", "selected")
 
 # FA-2 is built for sm_80 on. cuDNN's attention was measured, and found ahead of FA-2, on sm_90 with torch 2.11.
@@ -108,17 +109,21 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def is_sm89() -> bool:
-    """Ada (RTX 4090): Triton selection is off by policy there unless forced."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (8, 9)
+def is_sm89(device: torch.device | None = None) -> bool:
+    """Ada (RTX 4090), the current card unless one is named: Triton selection is off by policy there unless forced."""
+    return torch.cuda.is_available() and _capability(device) == (8, 9)
 
 
-def _policy(op: str, backend: str, training: bool) -> list[str]:
+def _capability(device: torch.device | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device if device is not None and device.type == "cuda" else None)
+
+
+def _policy(op: str, backend: str, device: torch.device, training: bool) -> list[str]:
     f = flags()
     if backend == "triton" and op in _TRITON_SEL:
         if f.use_triton_sel is False:
             return ["NSA_USE_TRITON_SEL=0"]
-        if is_sm89() and not (f.use_triton_sel and f.triton_sel_force):
+        if is_sm89(device) and not (f.use_triton_sel and f.triton_sel_force):
             return ["sm_89 needs NSA_USE_TRITON_SEL=1 and NSA_TRITON_SEL_FORCE=1"]
         if training and op == "selected" and f.sel_triton_allow_grad is False:
             return ["NSA_SEL_TRITON_ALLOW_GRAD=0 and a gradient is needed"]
@@ -127,23 +132,50 @@ def _policy(op: str, backend: str, training: bool) -> list[str]:
     return []
 
 
-def _unproven(op: str, backend: str) -> list[str]:
+def _unproven(op: str, backend: str, device: torch.device) -> list[str]:
     """The reason not to take a Triton kernel unasked on this card."""
-    flagged = op in _TRITON_SEL
-    if backend != "triton" or (flagged and flags().use_triton_sel) or not torch.cuda.is_available():
+    if backend != "triton" or flags().use_triton_sel or not torch.cuda.is_available():
         return []
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = _capability(device)
     proof = TRITON_PROOF[op].get(major * 10 + minor, "not even compiled")
     if proof == "measured":
         return []
-    asks = "NSA_USE_TRITON_SEL=1" if flagged else "backend='triton'"
-    return [f"not measured on sm_{major}{minor} yet, {proof} for it: {asks} asks for it"]
+    return [f"not measured on sm_{major}{minor} yet, {proof} for it: {asking((major, minor))} asks for it"]
+
+
+def asking(capability: tuple[int, int]) -> str:
+    """What to put before a command so that every kernel runs, measured or not, on a card of this capability."""
+    return "NSA_USE_TRITON_SEL=1" + (" NSA_TRITON_SEL_FORCE=1" if capability == (8, 9) else "")
+
+
+# The package that holds a backend's forms, one module an op. `reference` is the op's own file. To add a backend: a
+# module here with the op's forms and `unsupported`, a name in PREFERENCES.
+_PACKAGES = {
+    "torch": "nsa.kernels.plain",
+    "sdpa": "nsa.kernels.plain",
+    "flash": "nsa.kernels.flash",
+    "cudnn": "nsa.kernels.flash",
+    "triton": "nsa.kernels",
+}
 
 
 @cache
-def has_kernel(op: str) -> bool:
-    """Whether this build carries a kernel module for an op."""
-    return importlib.util.find_spec(f"nsa.kernels.{op}") is not None
+def has_kernel(op: str, backend: str = "triton") -> bool:
+    """Whether this build carries a module of a backend's forms for an op."""
+    return importlib.util.find_spec(f"{_PACKAGES[backend]}.{op}") is not None
+
+
+@cache
+def _module(op: str, backend: str) -> Any:
+    return importlib.import_module(f"{_PACKAGES[backend]}.{op}")
+
+
+def form(op: str, backend: str, q: torch.Tensor) -> Any:
+    """The module whose functions run `op` by `backend` on inputs like q; what they take: `nsa.ops.branch`."""
+    # torch's memory-efficient operator is one of the fused ones; where it cannot run, `sdpa` is plain products.
+    if backend == "sdpa" and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and 0 < q.numel() < 1 << 31:
+        backend = "flash"
+    return _module(op, backend if q.numel() or backend == "triton" else "sdpa")
 
 
 @cache  # looked up on every call of an op, and a search of sys.path costs as much as a decode step
@@ -172,7 +204,7 @@ def _environment(op: str, backend: str, device: torch.device) -> list[str]:
         reasons.append("needs Triton")
     if backend == "cudnn" and _torch_version() < _CUDNN_TORCH:
         reasons.append("cudnn needs torch {}.{} or newer".format(*_CUDNN_TORCH))
-    if not has_kernel(op):
+    if not has_kernel(op, backend):
         reasons.append(f"no {backend} kernel for {op} in this build")
     return reasons
 
@@ -180,7 +212,7 @@ def _environment(op: str, backend: str, device: torch.device) -> list[str]:
 def _inputs(op: str, backend: str, tensors: tuple[torch.Tensor, ...], facts: dict[str, int]) -> list[str]:
     if backend not in ("triton", "flash", "cudnn"):
         return []
-    return list(importlib.import_module(f"nsa.kernels.{op}").unsupported(backend, *tensors, **facts))
+    return list(_module(op, backend).unsupported(backend, *tensors, **facts))
 
 
 def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training: bool = False, **facts: int) -> Route:
@@ -196,7 +228,7 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training
     if flags().use_fa2:
         preferences = tuple(sorted(preferences, key=lambda name: name != "flash"))  # asked for, so it goes first
     for candidate in preferences if backend is None else (backend,):
-        reasons = _policy(op, candidate, training) + ([] if backend else _unproven(op, candidate))
+        reasons = _policy(op, candidate, device, training) + ([] if backend else _unproven(op, candidate, device))
         reasons += _environment(op, candidate, device)
         if not reasons and tensors:
             reasons = _inputs(op, candidate, tensors, facts)
@@ -209,7 +241,7 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training
 
 def _warn_if_asked_in_vain(op: str, backend: str, rejected: dict[str, list[str]]) -> None:
     f = flags()
-    for name, asked in (("triton", op in _TRITON_SEL and f.use_triton_sel), ("flash", f.use_fa2)):
+    for name, asked in (("triton", f.use_triton_sel), ("flash", f.use_fa2)):
         if asked and name in rejected:
             _warn_once(f"{op}: {name} was asked for but {'; '.join(rejected[name])}; running {backend}")
 
@@ -232,6 +264,7 @@ def snapshot() -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda_version": torch.version.cuda,
         "device": _device(cuda),
+        "to_use_every_kernel": _unmeasured_here(cuda),
         "triton_proof": {op: {f"sm_{sm}": proof for sm, proof in cards.items()} for op, cards in TRITON_PROOF.items()},
         "flash": {
             "attn": flash_wrappers.flash_attn_version(),
@@ -249,6 +282,16 @@ def snapshot() -> dict[str, Any]:
 def _route_row(op: str, training: bool) -> dict[str, Any]:
     route = choose(op, training=training)
     return {"backend": route.backend, "rejected": route.rejected}
+
+
+def _unmeasured_here(cuda: bool) -> str | None:
+    """The one line for the owner of a card whose kernels are compiled and not measured; None for any other."""
+    if not cuda or flags().use_triton_sel:
+        return None
+    capability = _capability(None)
+    number = capability[0] * 10 + capability[1]
+    measured = all(cards.get(number) == "measured" for cards in TRITON_PROOF.values())
+    return None if measured else f"export {asking(capability)}"
 
 
 def _device(cuda: bool) -> dict[str, Any]:

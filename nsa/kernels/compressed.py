@@ -1,171 +1,203 @@
-"""The compressed branch as plain causal attention, for torch's fused operators: no mask, no copied keys.
+"""The compressed branch in Triton: a query walks the blocks that end at or before it, with no copy and no T x C mask.
 
-With u = t - (l-1) = d*a + r, query t sees exactly the blocks j <= a, whatever its residue r. The queries of one residue
-are therefore one bottom-right causal problem against the same keys, and the residues are its batch. Residues that span
-the same rows go into one call; a span that ends inside a row of d makes at most three such runs.
+The rows of a tile are (query, head of the group) pairs, packed with no gap: a tile's few queries end within a few
+blocks of one another, so that hardly a tile of keys is masked, and no row is laid out anew. Forward and dq own rows and
+walk keys. dk and dv own keys and walk rows; there are few keys and many rows, so the rows are cut into pieces, whose
+shares are summed in fp32, in order. Nothing is added by atomics, so equal runs are equal bit for bit.
+
+The backward is two passes, not one that also leaves a share of dq for each tile of keys. At C = 255 (S = 4,096, D 64,
+four tiles, of which a row sees two and a half) those shares in bf16 are 2.5 x dq written and read back; the second pass
+reads q and dout once more: 4 x dq's bytes more for 2 of 7 products less, about as long either way. With every
+further tile of keys one pass loses, and its dq is rounded once a tile.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+import triton
 
-from nsa.kernels import fused
+from nsa.blocks import Pattern, n_compressed
+from nsa.kernels import compressed_device as device
+from nsa.kernels.primitives import BLIND_TO_BRANCHES, capability, on_device, operand, padded, precision, strides
+from nsa.kernels.window import Launch
 
-# From this many elements of q on cuDNN was measured ahead of FA-2 (sm_90). Below, what it costs on the host outweighs
-# that, and it builds a new plan, 0.1 s and more, for every new length.
-_CUDNN_ELEMENTS = 1 << 25
+# The forms take `lengths`, int32 [B] on the device: row b's queries are then the last min(T, lengths[b]) of that many.
+RAGGED = True
+
+# As the window's: wider heads were wrong on an H200 in a kernel of this build, for a cause not found.
+_MOST_DIM = 128
+# dk and dv are cut into pieces until there are so many programs, none with fewer rows than these, and the pieces no
+# larger than these bytes. About half of the programs see nothing, and end at once.
+_PROGRAMS, _LEAST_ROWS, _PIECES_BYTES = 1536, 512, 256 << 20
+# Elements of dk and dv, and pieces at a time, of a program that sums the pieces; its warps.
+_SUM = {"SPAN": 512, "TOGETHER": 8, "num_warps": 4}
+
+
+def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
+    """The launch table: kernel (forward, dq, dkv), card, padded head dim, bytes of an element.
+
+    On sm_90 what was fastest for the window's kernels, which have the same loops; elsewhere what compiles within the
+    card's memory.
+    """
+    if itemsize == 4:
+        return Launch(32, 32, 4, 1) if dim <= 64 else Launch(16, 16, 4, 1)
+    if sm in (90, 100):
+        stages = 3 if dim <= 64 else 2
+        # Capped, two of these blocks share a multiprocessor.
+        return Launch(128, 64, 8, stages, 128) if kernel == "forward" else Launch(64, 64, 4, stages)
+    if kernel == "dkv":
+        return Launch(32, 64, 8, 2)
+    return Launch(64, 64 if kernel == "forward" else 32, 4, 2)
 
 
 def unsupported(
-    backend: str, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, *, seq_len: int | None = None
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, seq_len: int | None = None
 ) -> list[str]:
-    """Reasons against flash or cudnn for q [B,T,H,Dk], k_cmp [B,C,G,Dk], v_cmp [B,C,G,Dv]; seq_len T unless given."""
-    reasons = fused.unsupported(backend, q, v_cmp)
-    if backend == "cudnn":
-        if seq_len not in (None, q.shape[1]):
-            reasons.append("cudnn wants whole sequences: as many queries as positions")
-        elif q.numel() < _CUDNN_ELEMENTS:
-            reasons.append(f"cudnn pays from {_CUDNN_ELEMENTS} elements of q on, not at {q.numel()}")
+    """Reasons why q [B,T,H,Dk], k [B,C,G,Dk], v [B,C,G,Dv] cannot be taken; none if they can."""
+    reasons = []
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        reasons.append(f"{backend} takes bf16, fp16 or fp32, not {q.dtype}")
+    if max(q.shape[-1], v.shape[-1]) > _MOST_DIM:
+        reasons.append(f"{backend} takes head dims up to {_MOST_DIM}, not {max(q.shape[-1], v.shape[-1])}")
     return reasons
 
 
-@dataclass(frozen=True)
-class Run:
-    """`residues` neighbouring residues of `rows` rows each, which see up to `keys` keys; `start` is the first query.
+class _Job(NamedTuple):
+    """What the launches of a call are specialised for, besides tiles; hashable."""
 
-    Queries that follow one another in a single row see the same keys: one problem without a mask.
-    """
-
-    start: int
-    residues: int
-    rows: int
-    keys: int
-    d: int
-
-    @property
-    def causal(self) -> bool:
-        return self.rows > 1
-
-    def problems(self, x: torch.Tensor) -> torch.Tensor:
-        """View of [B,T,...] as [B,residues,rows,...]; [B,1,residues,...] for a single row."""
-        part = x[:, self.start : self.start + (self.rows - 1) * self.d + self.residues]
-        if not self.causal:
-            return part.unsqueeze(1)
-        return part.unfold(1, self.residues, self.d).movedim(-1, 1)
-
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """[B,T,...] -> [N,rows,...]; a view for B = 1."""
-        return self.problems(x).flatten(0, 1)
-
-    def shared_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """[B,C,G,D] -> [N or 1,keys,G,D]; a view for B = 1."""
-        x = x[:, : self.keys]
-        if x.shape[0] == 1 or not self.causal:
-            return x
-        return x.unsqueeze(1).expand(-1, self.residues, -1, -1, -1).flatten(0, 1)
-
-    def reads(self) -> int:
-        """Keys handed to the queries of one batch row and group."""
-        if not self.causal:
-            return self.residues * self.keys
-        return self.residues * (self.rows * (self.keys - self.rows) + self.rows * (self.rows + 1) // 2)
-
-
-def blind_queries(T: int, S: int, l: int) -> int:  # noqa: E741
-    """How many of the last T of S positions, the first ones, see no block."""
-    return min(max(l - 1 - (S - T), 0), T)
+    R: int
+    DK: int
+    DV: int
+    p: Pattern
+    dtype: torch.dtype
+    ragged: bool
 
 
 @lru_cache(maxsize=256)
-def runs(T: int, S: int, l: int, d: int) -> tuple[Run, ...]:  # noqa: E741
-    """The runs that cover every query that sees a block, each once; the last T of S positions."""
-    u_first, u_last, blind = max(S - T - (l - 1), 0), S - l, blind_queries(T, S, l)
-    # (rows, keys) of the r-th query that sees anything together with all those d apart from it.
-    spans = [
-        ((u_last - u) // d + 1, u // d + (u_last - u) // d + 1) for u in range(u_first, u_first + min(d, T - blind))
-    ]
-    found, start = [], blind
-    for (rows, keys), equal in itertools.groupby(spans):
-        residues = len(list(equal))
-        found.append(Run(start, residues, rows, keys, d))
-        start += residues
-    return tuple(found)
+def _sizes(job: _Job, chosen: Launch, rows: int) -> dict[str, Any]:
+    sizes = {
+        "R": job.R, "L": job.p.l, "STEP": job.p.d, "DK": job.DK, "DV": job.DV, "DKP": padded(job.DK),
+        "DVP": padded(job.DV), "ROWS": rows, "KEYS": chosen.keys,
+        "IP": precision(job.dtype), "ALWAYS": BLIND_TO_BRANCHES, "RAGGED": job.ragged,
+        "num_warps": chosen.warps, "num_stages": chosen.stages,
+    }  # fmt: skip
+    if chosen.registers:
+        sizes["maxnreg"] = chosen.registers
+    return sizes
 
 
-def _calls(q: torch.Tensor, S: int, l: int, d: int) -> Iterator[Run]:  # noqa: E741
-    """The runs, cut so that no call holds more than `fused.CALL_ELEMENTS` of q."""
-    B, T, H, D = q.shape
-    for run in runs(T, S, l, d):
-        step = max(1, fused.CALL_ELEMENTS // (B * run.rows * H * D)) if run.causal else run.residues
-        if step >= run.residues:
-            yield run
-            continue
-        for r in range(0, run.residues, step):
-            yield replace(run, start=run.start + r, residues=min(step, run.residues - r))
+def _tiles(kernel: str, job: _Job, sm: int, T: int) -> dict[str, Any]:
+    chosen = launch(kernel, sm, max(padded(job.DK), padded(job.DV)), job.dtype.itemsize)
+    return _sizes(job, chosen, min(chosen.rows, padded(T * job.R)))
+
+
+@lru_cache(maxsize=256)
+def _pieces(rows: int, tile: int, programs: int, piece_bytes: int) -> tuple[int, int]:
+    """(pieces, tiles of rows in each) that `rows` rows, in tiles of `tile`, are cut into for dk and dv."""
+    tiles = triton.cdiv(rows, tile)
+    if not programs:
+        return 1, tiles
+    wanted = min(triton.cdiv(_PROGRAMS, programs), _PIECES_BYTES // piece_bytes, rows // _LEAST_ROWS)
+    piece = triton.cdiv(tiles, max(1, wanted))
+    return triton.cdiv(tiles, piece), piece
+
+
+def _job(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: Pattern, lengths: torch.Tensor | None) -> _Job:
+    return _Job(q.shape[2] // k.shape[2], q.shape[3], v.shape[3], p, q.dtype, lengths is not None)
+
+
+def _readable(k: torch.Tensor, p: Pattern, S: int, lengths: torch.Tensor | None) -> int:
+    """Compressed keys that a kernel may read; of a ragged row, those that its length has."""
+    return k.shape[1] if lengths is not None else min(n_compressed(S, p), k.shape[1])
 
 
 def forward(
-    backend: str,
-    q: torch.Tensor,
-    k_cmp: torch.Tensor,
-    v_cmp: torch.Tensor,
-    l: int,  # noqa: E741
-    d: int,
-    S: int,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """out [B,T,H,Dv], lse [B,T,H] fp32, and the keys read by one batch row and group. Shapes as the op's."""
-    B, T, H, D = q.shape
-    out, lse, n = q.new_empty(B, T, H, v_cmp.shape[3]), q.new_empty(B, T, H, dtype=torch.float32), 0
-    blind = blind_queries(T, S, l)
-    if blind:
-        out[:, :blind], lse[:, :blind] = 0.0, float("-inf")
-    for run in _calls(q, S, l, d):
-        part, part_lse = fused.forward(
-            backend, run.queries(q), run.shared_keys(k_cmp), run.shared_keys(v_cmp), D**-0.5, causal=run.causal
-        )
-        for whole, piece in ((out, part), (lse, part_lse.transpose(1, 2))):
-            whole_part = run.problems(whole)
-            whole_part.copy_(piece.unflatten(0, whole_part.shape[:2]))
-        n += run.reads()
-    return out, lse, n
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: None, p: Pattern, S: int, count: bool, backend: str,
+    *, lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """out [B,T,H,Dv], lse [B,T,H] fp32, natural, and the blocks read [B,G] or []; q [B,T,H,Dk], k [B,>=C,G,Dk],
+    v [B,>=C,G,Dv], any strides. lengths: see RAGGED; S is not looked at then."""
+    (B, T, H, DK), (G, DV) = q.shape, v.shape[2:]
+    q, k, v = operand(q), operand(k), operand(v)
+    out, lse = q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, T, H, dtype=torch.float32)
+    reads = q.new_zeros((B, G) if count else (0,), dtype=torch.int64)
+    if out.numel():
+        sizes = _tiles("forward", _job(q, k, v, p, lengths), capability(q), T)
+        programs = triton.cdiv(T * sizes["R"], sizes["ROWS"]) * B * G
+        with on_device(q):
+            device.forward[(programs,)](
+                q, k, v, lse if lengths is None else lengths, out, lse, reads, *strides(q), *strides(k), *strides(v),
+                DK**-0.5, S, T, _readable(k, p, S, lengths), G, COUNT=count, **sizes,
+            )  # fmt: skip
+    return out if v.shape[3] == DV else out[..., :DV].contiguous(), lse, reads
 
 
 def backward(
-    backend: str,
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k_cmp: torch.Tensor,
-    v_cmp: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    l: int,  # noqa: E741
-    d: int,
-    S: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk_cmp, dv_cmp; the residues' shares of dk_cmp and dv_cmp are summed in fp32."""
-    B, D = q.shape[0], q.shape[3]
-    dq = q.new_empty(q.shape)
-    dq[:, : blind_queries(q.shape[1], S, l)] = 0.0
-    dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k_cmp, v_cmp))
-    for run in _calls(q, S, l, d):
-        part_dq, part_dk, part_dv = fused.backward(
-            backend,
-            run.queries(dout),
-            run.queries(q),
-            run.shared_keys(k_cmp),
-            run.shared_keys(v_cmp),
-            run.queries(out),
-            run.queries(lse).transpose(1, 2),
-            D**-0.5,
-            causal=run.causal,
-        )
-        whole_part = run.problems(dq)
-        whole_part.copy_(part_dq.unflatten(0, whole_part.shape[:2]))
-        for whole, piece in ((dk, part_dk), (dv, part_dv)):
-            whole[:, : run.keys] += piece.unflatten(0, (B, -1)).sum(1, dtype=torch.float32)
-    return dq, dk.to(k_cmp.dtype), dv.to(v_cmp.dtype)
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: None, out: torch.Tensor,
+    lse: torch.Tensor, p: Pattern, S: int, backend: str, gate: torch.Tensor | None, delta: torch.Tensor | None,
+    *, lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; 0 for queries that see no block and for keys
+    that none sees. With gate [B,T,H] the gradient is dout * gate, and delta [B,T,H] is taken as given: fp32 both."""
+    if not q.numel():
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    scale, DK, DV = q.shape[3] ** -0.5, q.shape[3], v.shape[3]
+    dout, q, k, v = operand(dout), operand(q), operand(k), operand(v)
+    if gate is None:
+        out = operand(out).contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    with on_device(q):
+        job, place = _job(q, k, v, p, lengths), (S, q.shape[1], _readable(k, p, S, lengths), k.shape[2])
+        packed = _backward_dq(job, place, scale, dout, q, k, v, out, lse.contiguous(), gate, delta, lengths, dq)
+        _backward_dkv(job, place, scale, dout, q, k, v, packed, gate is not None, lengths, dk, dv)
+    if (DK, DV) == (q.shape[3], v.shape[3]):
+        return dq, dk, dv
+    return dq[..., :DK].contiguous(), dk[..., :DK].contiguous(), dv[..., :DV].contiguous()
+
+
+def _backward_dq(
+    job: _Job, place: tuple[int, int, int, int], scale: float, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, gate: torch.Tensor | None, delta: torch.Tensor | None,
+    lengths: torch.Tensor | None, dq: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Write dq; the rows' lse, delta and gate, as `_backward_dkv` reads them."""
+    B, T = q.shape[:2]
+    sizes = _tiles("dq", job, capability(q), T)
+    packed = lse.new_empty(2 if gate is None else 3, lse.numel())
+    device.backward_dq[(triton.cdiv(T * job.R, sizes["ROWS"]) * B * place[3],)](
+        q, k, v, dout, out, lse, lse if gate is None else gate, lse if delta is None else delta,
+        lse if lengths is None else lengths, packed, dq, *strides(q), *strides(k), *strides(v), *strides(dout),
+        scale, *place, lse.numel(), GATED=gate is not None, **sizes,
+    )  # fmt: skip
+    return packed
+
+
+def _backward_dkv(
+    job: _Job, place: tuple[int, int, int, int], scale: float, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, packed: torch.Tensor, gated: bool, lengths: torch.Tensor | None, dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write dk and dv."""
+    _, T, readable, G = place
+    pairs, most, width = q.shape[0] * G, k.shape[1], job.DK + job.DV
+    sizes = _tiles("dkv", job, capability(q), T)
+    tiles = triton.cdiv(readable, sizes["KEYS"])
+    floats = pairs * tiles * sizes["KEYS"] * width
+    pieces, piece = _pieces(T * job.R, sizes["ROWS"], pairs * tiles, 4 * floats)
+    whole = pieces == 1
+    if whole:
+        tiles, parts = triton.cdiv(most, sizes["KEYS"]), (dk, dv)
+    else:
+        parts = (packed.new_empty(pieces, floats),) * 2
+    device.backward_dkv[(tiles * pairs * pieces,)](
+        q, k, v, dout, packed, packed if lengths is None else lengths, *parts, *strides(q), *strides(k), *strides(v),
+        *strides(dout), scale, *place, most, tiles, packed.shape[1], piece, GATED=gated, WHOLE=whole, **sizes,
+    )  # fmt: skip
+    if not whole:
+        device.sum_pieces[(triton.cdiv(most * width, _SUM["SPAN"]) * pairs,)](
+            parts[0], packed if lengths is None else lengths, dk, dv, *place, most, tiles, pairs, piece, pieces,
+            **{name: sizes[name] for name in ("R", "L", "STEP", "DK", "DV", "ROWS", "KEYS", "RAGGED")}, **_SUM,
+        )  # fmt: skip

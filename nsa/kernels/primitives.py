@@ -5,10 +5,16 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 LOG2E = 1.4426950408889634
+# Triton 3.0's pipeliner overlooks what is used inside a branch: "operation scheduled before its operands".
+BLIND_TO_BRANCHES = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
+# Strides and head dims are whole multiples of it, so that every load is of 16 bytes and overlaps arithmetic. Loads of
+# single elements gave a wrong dq on an H200.
+_EVEN = 16
 
 
 @triton.jit
@@ -49,6 +55,27 @@ def exp2(x, IP: tl.constexpr):
         return tl.exp2(x)
 
 
+@triton.jit
+def load_rows(at, ok, d, D: tl.constexpr):
+    """Vectors at the pointers [n, padded D], 0 where `ok` [n] is not."""
+    return tl.load(at, mask=ok[:, None] & (d[None, :] < D), other=0.0)
+
+
+@triton.jit
+def in_units(lse, IP: tl.constexpr):
+    """A natural lse in units of log 2, but for fp32: its product would be rounded, and a row's error with it."""
+    return lse if IP == "ieee" else lse * 1.4426950408889634
+
+
+@triton.jit
+def weights(s, lse, scale, IP: tl.constexpr):
+    """Probabilities of scores s; lse as `in_units` left it, broadcast beside them."""
+    if IP == "ieee":
+        return exp2((s * scale - lse) * 1.4426950408889634, IP)
+    else:
+        return exp2(s * (scale * 1.4426950408889634) - lse, IP)
+
+
 def padded(size: int) -> int:
     """The least extent of a `tl.dot` operand that holds `size`: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
@@ -70,3 +97,18 @@ def capability(x: torch.Tensor) -> int:
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of every dot: fp32 inputs are multiplied as fp32, not as tf32."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def operand(x: torch.Tensor) -> torch.Tensor:
+    """x as a kernel loads it: zero columns change neither scores nor output. A copy only where it is not so."""
+    if short := -x.shape[-1] % _EVEN:
+        return F.pad(x, (0, short)).contiguous()
+    even = all(stride % _EVEN == 0 for stride in strides(x))
+    if x.stride(-1) == 1 and even and x.storage_offset() % _EVEN == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def strides(x: torch.Tensor) -> tuple[int, ...]:
+    """All but the last, which is 1; that of an axis of one element, which is never walked, may be anything else."""
+    return tuple(stride if n > 1 else 0 for stride, n in zip(x.stride()[:-1], x.shape[:-1], strict=True))

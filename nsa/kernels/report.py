@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nsa.blocks import Pattern, n_compressed
 from nsa.kernels.recorder import Launch, recorded
 
 # Dynamic shared memory that one block may ask for, in bytes.
@@ -40,15 +41,19 @@ PIPELINED = (
     "selected_device.near_forward",
     "selected_device.block_backward",
     "selected_device.query_forward",
-    "banded_device.forward",
-    "banded_device.backward_dq",
-    "banded_device.backward_dkv",
+    "window_device.forward",
+    "window_device.backward_dq",
+    "window_device.backward_dkv",
+    "compressed_device.forward",
+    "compressed_device.backward_dq",
+    "compressed_device.backward_dkv",
 )
 MOST_PROCESSES = 8  # a compiler takes half a GB
 COLUMNS = ("kernel", "arch", "case", "shared", "limit", "registers", "spills", "cp_async", "warps", "stages", "verdict")
 
 
-OPS = ("selection", "selected", "combine", "banded")
+PATTERN = Pattern(l=32, d=16, l_sel=64, n_sel=16, w=512, init_blocks=1, local_blocks=2)
+OPS = ("compressed", "selection", "selected", "combine", "window")
 
 
 class Case(NamedTuple):
@@ -87,21 +92,28 @@ def launches(case: Case, sm: int) -> list[Launch]:
     blocks, logits = tensor(1, case.T, G, 16, dtype=torch.int32), tensor(1, case.T, H, 3)
     modules = {op: importlib.import_module(f"nsa.kernels.{op}") for op in case.ops}
     with recorded(sm) as recording:
-        if "selection" in modules:
-            pattern = {"l": 32, "d": 16, "l_sel": 64, "n_sel": 16, "init_blocks": 1, "local_blocks": 2}
-            cmp = k[:, : (case.S - 32) // 16 + 1]
-            modules["selection"].select(q, cmp, lse, **pattern, seq_len=case.S)
-        if "selected" in modules:
-            modules["selected"].forward(q, k, k, blocks, 64, case.S, False)
+        if "compressed" in modules and not modules["compressed"].unsupported("triton", q, k, k):
+            k_cmp, rest = k[:, : n_compressed(case.S, PATTERN)], (PATTERN, case.S)
+            modules["compressed"].forward(q, k_cmp, k_cmp, None, *rest, False, "triton")
             if case.T == case.S:
-                modules["selected"].backward(q, q, k, k, blocks, q, lse, 64, case.S)
+                for gate in (None, lse):
+                    modules["compressed"].backward(q, q, k_cmp, k_cmp, None, q, lse, *rest, "triton", gate, gate)
+        if "selection" in modules:
+            modules["selection"].select(q, k[:, : n_compressed(case.S, PATTERN)], lse, PATTERN, case.S)
+        if "selected" in modules:
+            modules["selected"].forward(q, k, k, blocks, PATTERN, case.S, False, "triton")
+            if case.T == case.S:
+                modules["selected"].backward(q, q, k, k, blocks, q, lse, PATTERN, case.S, "triton", None, None)
         if "combine" in modules:
             modules["combine"].forward(q, q, q, logits, False)
             modules["combine"].backward(q, q, q, q, logits, False)
-        if "banded" in modules and not modules["banded"].unsupported(q, k):
-            modules["banded"].forward(q, k, k, 512)
+            modules["combine"].fold(q, q, q, q, logits, False)
+        if "window" in modules and not modules["window"].unsupported("triton", q, k, k):
+            modules["window"].forward(q, k, k, None, PATTERN, case.S, False, "triton")
             if case.T == case.S:
-                modules["banded"].backward(q, q, k, k, q, lse, 512)
+                past = (q, q, k, k, None, q, lse, PATTERN, case.S, "triton")
+                modules["window"].backward(*past, None, None)
+                modules["window"].backward(*past, lse, lse)
     return recording.launches
 
 

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from nsa.blocks import Pattern
 from nsa.kernels import lists
 from nsa.kernels import selected_device as device
+from nsa.kernels.plain.dense import gated
 from nsa.kernels.primitives import LOG2E, capability, on_device, padded, precision
 
 # Bounds of the workspace: partial results of a chunk of queries, and the bit words of a stretch of chunks. With the
@@ -75,7 +77,7 @@ def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
     return Launch(64, 8, 2 if sm == 80 else 1)
 
 
-def unsupported(backend: str, *tensors: torch.Tensor) -> list[str]:
+def unsupported(backend: str, *tensors: torch.Tensor, seq_len: int | None = None) -> list[str]:
     """Reasons why these q, k, v cannot be taken; none if they can."""
     q, _, v = tensors[:3]
     reasons = []
@@ -155,17 +157,18 @@ class _Shape:
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, l_sel: int, S: int, count: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out [B,T,H,Dv], lse [B,T,H] fp32 (natural), tokens read [B,G] (counted where they are loaded, if `count`).
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, p: Pattern, S: int, count: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """out [B,T,H,Dv], lse [B,T,H] fp32 (natural), tokens read [B,G] or [] (counted where they are loaded).
 
     q [B,T,H,Dk], k [B,>=S,G,Dk], v [B,>=S,G,Dv], blocks [B,T,G,N] int32, any strides.
     """
-    blocks, l_sel = _split(q, v, blocks, l_sel)
+    blocks, l_sel = _split(q, v, blocks, p.l_sel)
     shape = _Shape.of(q, v, blocks, l_sel, S)
     out = q.new_empty(shape.B, shape.T, q.shape[2], shape.DV)
     lse = q.new_empty(out.shape[:3], dtype=torch.float32)
-    reads = q.new_zeros(shape.B, shape.G, dtype=torch.int64)
+    reads = q.new_zeros((shape.B, shape.G) if count else (0,), dtype=torch.int64)
     if out.numel():
         with on_device(q):
             run = _forward_by_query if _query_major(shape) else _forward_by_block
@@ -222,11 +225,12 @@ def _forward_by_block(
 
 
 def backward(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor,
-    out: torch.Tensor, lse: torch.Tensor, l_sel: int, S: int,
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor, p: Pattern, S: int, backend: str, gate: torch.Tensor | None, delta: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; dk and dv are 0 past S. Equal runs are equal."""
-    blocks, l_sel = _split(q, v, blocks, l_sel)
+    dout = gated(dout, gate)
+    blocks, l_sel = _split(q, v, blocks, p.l_sel)
     shape = _Shape.of(q, v, blocks, l_sel, S)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)

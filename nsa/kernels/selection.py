@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa.blocks import Pattern
 from nsa.kernels.primitives import capability
 
 _LOG2E = math.log2(math.e)
@@ -30,6 +31,7 @@ _WORKSPACE = 256 << 20  # bytes of scores at a time
 _PROGRAMS = 256  # a grid below this is widened by splitting the keys: decode, short tiles
 MAX_HEAD_DIM = 256
 MAX_KEYS = 1 << 16  # a row's scores live in the registers of one program
+_MOST_GRID = 65_535  # programs along a grid's second axis
 
 
 class Tile(NamedTuple):
@@ -59,15 +61,18 @@ def top_warps(width: int) -> int:
     return min(max(width // 1024, 1), 32)
 
 
-def unsupported(backend: str, q: torch.Tensor, k_cmp: torch.Tensor, *_: torch.Tensor) -> list[str]:
-    """Reasons why these inputs cannot be handed to `select`."""
+def unsupported(backend: str, q: torch.Tensor, k: torch.Tensor, *, blocks: int | None = None) -> list[str]:
+    """Reasons why these inputs cannot be handed to `select`; `blocks` are visible, all of k's unless given."""
     reasons = []
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         reasons.append(f"{q.dtype} is not bfloat16, float16 or float32")
     if q.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}")
-    if k_cmp.shape[1] > MAX_KEYS:
-        reasons.append(f"{k_cmp.shape[1]} compressed keys are more than {MAX_KEYS}")
+    if (rows := q.shape[0] * k.shape[2]) > _MOST_GRID:
+        reasons.append(f"{rows} batch rows times groups are more than {_MOST_GRID}")
+    seen = k.shape[1] if blocks is None else blocks
+    if seen > MAX_KEYS:
+        reasons.append(f"{seen} compressed keys are more than {MAX_KEYS}")
     return reasons
 
 
@@ -78,7 +83,7 @@ _VARYING = ["lines", "quads", "first", "rows", "past", "T", "G", "R", "splits"]
 @triton.jit(do_not_specialize=_VARYING)
 def _score(
     q, k, lse, planes,
-    q_b, q_t, q_h, q_d, k_b, k_c, k_g, k_d, lse_b, lse_t, lse_h, lines, quads,
+    q_b, q_t, q_h, k_b, k_c, k_g, lse_b, lse_t, lse_h, lines, quads,
     first, rows, past, G, R, splits, scale,
     D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr,
     PLANES: tl.constexpr, HEADS: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
@@ -106,9 +111,9 @@ def _score(
     c_inside = c_row < rows
     c_time = (first + c_row).to(tl.int64)
     dim = tl.arange(0, BD)
-    q_at = q + b * q_b + c_time[:, None] * q_t + (g * R + c_head)[:, None] * q_h + dim[None, :] * q_d
+    q_at = q + b * q_b + c_time[:, None] * q_t + (g * R + c_head)[:, None] * q_h + dim[None, :]
     lse_at = lse + b * lse_b + c_time * lse_t + (g * R + c_head) * lse_h
-    k_at = k + b * k_b + g * k_g + dim[None, :] * k_d
+    k_at = k + b * k_b + g * k_g + dim[None, :]
 
     if ONE_CHUNK:
         live = c_inside & (c_head < R)
@@ -130,12 +135,13 @@ def _score(
             p = tl.sum(tl.reshape(tl.exp2(s * scale - shift[None, :]), (BM, HEADS, BQ)), 1)
         else:
             p = tl.zeros([BM, BQ], tl.float32)
+            zero = g * 0  # of 64 bits, as a head times its stride may be
             for head in range(0, R, HEADS):
                 live = c_inside & (head + c_head < R)
-                query = tl.load(q_at + head * q_h, mask=live[:, None] & (dim < D)[None, :], other=0.0)
-                shift = tl.load(lse_at + head * lse_h, mask=live, other=float("inf")) * 1.4426950408889634 - HEADROOM
+                query = tl.load(q_at + (zero + head) * q_h, mask=live[:, None] & (dim < D)[None, :], other=0.0)
+                shift = tl.load(lse_at + (zero + head) * lse_h, mask=live, other=float("inf")) * 1.4426950408889634
                 s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-                p += tl.sum(tl.reshape(tl.exp2(s * scale - shift[None, :]), (BM, HEADS, BQ)), 1)
+                p += tl.sum(tl.reshape(tl.exp2(s * scale - (shift - HEADROOM)[None, :]), (BM, HEADS, BQ)), 1)
         # Visibility is the same for all heads, so it is applied to their sum.
         p = tl.where(j[:, None] < seen[None, :], p, 0.0)
         offset = a - plane * STEP
@@ -211,47 +217,36 @@ def _top(
     tl.store(out + slot, tl.full([BN], -1, tl.int32), mask=(slot > own) & (slot < N))
 
 
-def select(
-    q: torch.Tensor,
-    k_cmp: torch.Tensor,
-    lse: torch.Tensor,
-    *,
-    l: int,  # noqa: E741 - the paper's symbol
-    d: int,
-    l_sel: int,
-    n_sel: int,
-    init_blocks: int,
-    local_blocks: int,
-    seq_len: int,
-) -> torch.Tensor:
-    """q [B,T,H,D], the last T of seq_len positions; k_cmp [B,>=C,G,D]; lse [B,T,H] fp32 -> int32 [B,T,G,n_sel].
+def select(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, p: Pattern, S: int) -> torch.Tensor:
+    """q [B,T,H,D], the last T of S positions; k [B,>=C,G,D]; lse [B,T,H] fp32 -> int32 [B,T,G,N].
 
     The choice of `nsa.ops.selection.select_blocks_reference`. At most `_WORKSPACE` bytes of scores at a time, or the
     scores of one tile of queries where those are more.
     """
     B, T, H, D = q.shape
-    G = k_cmp.shape[2]
-    blocks = torch.empty(B, T, G, n_sel, dtype=torch.int32, device=q.device)
+    G = k.shape[2]
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    blocks = torch.empty(B, T, G, p.n_sel, dtype=torch.int32, device=q.device)
     if blocks.numel() == 0:
         return blocks
-    R, past, planes = H // G, seq_len - T, _planes(l, d, l_sel)
+    R, past, planes = H // G, S - T, _planes(p)
     cut = tile(capability(q), R, D, q.element_size())
-    row_bytes = 16 * planes * B * G * triton.cdiv(triton.cdiv(seq_len, l_sel), 4)
+    row_bytes = 16 * planes * B * G * triton.cdiv(triton.cdiv(S, p.l_sel), 4)
     chunk = max(_WORKSPACE // row_bytes // cut.queries, 1) * cut.queries
     scores = torch.empty(row_bytes // 4 * min(chunk, T), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         for first in range(0, T, chunk):
             rows = min(chunk, T - first)
-            width = triton.cdiv(past + first + rows, l_sel)
+            width = triton.cdiv(past + first + rows, p.l_sel)
             lines, quads = B * G * rows, triton.cdiv(width, 4)
             tiles = triton.cdiv(rows, cut.queries)
             splits = max(1, min(triton.cdiv(width, cut.blocks), _PROGRAMS // (tiles * B * G)))
             _score[(tiles * splits, B * G, triton.cdiv(planes, 2))](
-                q, k_cmp, lse, scores, *q.stride(), *k_cmp.stride(), *lse.stride(), lines, quads,
+                q, k, lse, scores, *q.stride()[:3], *k.stride()[:3], *lse.stride(), lines, quads,
                 first, rows, past, G, R, splits, D**-0.5 * _LOG2E,
-                **_score_constants(cut, R, D, q.dtype, l, d, l_sel), num_warps=cut.warps, num_stages=cut.stages,
+                **_score_constants(cut, R, D, q.dtype, p), num_warps=cut.warps, num_stages=cut.stages,
             )  # fmt: skip
-            constants = _top_constants(width, l, d, l_sel, n_sel, init_blocks, local_blocks)
+            constants = _top_constants(width, p)
             _top[(lines,)](
                 scores, blocks, lines, quads, first, rows, past, T, G, **constants,
                 num_warps=top_warps(constants["BW"]),
@@ -259,19 +254,19 @@ def select(
     return blocks
 
 
-def _planes(l: int, d: int, l_sel: int) -> int:  # noqa: E741
+def _planes(p: Pattern) -> int:
     """How many neighbouring selection blocks the keys of one may belong to, itself included."""
-    return 1 + triton.cdiv(l // d - 1, l_sel // d)
+    return 1 + triton.cdiv(p.l // p.d - 1, p.l_sel // p.d)
 
 
-def _score_constants(cut: Tile, R: int, D: int, dtype: torch.dtype, l: int, d: int, l_sel: int) -> dict[str, Any]:  # noqa: E741
+def _score_constants(cut: Tile, R: int, D: int, dtype: torch.dtype, p: Pattern) -> dict[str, Any]:
     return {
         "D": D,
         "BD": max(16, triton.next_power_of_2(D)),
-        "L": l,
-        "STRIDE": d,
-        "STEP": l_sel // d,
-        "PLANES": _planes(l, d, l_sel),
+        "L": p.l,
+        "STRIDE": p.d,
+        "STEP": p.l_sel // p.d,
+        "PLANES": _planes(p),
         "HEADS": cut.heads,
         "BQ": cut.queries,
         "BM": cut.blocks,
@@ -280,21 +275,13 @@ def _score_constants(cut: Tile, R: int, D: int, dtype: torch.dtype, l: int, d: i
     }
 
 
-def _top_constants(
-    width: int,
-    l: int,  # noqa: E741
-    d: int,
-    l_sel: int,
-    n_sel: int,
-    init_blocks: int,
-    local_blocks: int,
-) -> dict[str, int]:
+def _top_constants(width: int, p: Pattern) -> dict[str, int]:
     return {
-        "N": n_sel,
-        "INIT": init_blocks,
-        "LOCAL": local_blocks,
-        "L_SEL": l_sel,
-        "PLANES": _planes(l, d, l_sel),
+        "N": p.n_sel,
+        "INIT": p.init_blocks,
+        "LOCAL": p.local_blocks,
+        "L_SEL": p.l_sel,
+        "PLANES": _planes(p),
         "BW": max(64, triton.next_power_of_2(width)),
-        "BN": triton.next_power_of_2(n_sel),
+        "BN": triton.next_power_of_2(p.n_sel),
     }

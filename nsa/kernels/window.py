@@ -1,133 +1,164 @@
-"""The sliding window by kernels that skip the keys outside the band: Triton's, or torch's fused operators."""
+"""The sliding window in Triton: only the band of keys is walked, with no copy and no workspace but a row's product,
+and not that where the gated sum's backward hands it on.
+
+The rows of a tile are (query, head of the group) pairs, packed with no gap: the heads of a group share every K and V
+they load, and the fewer queries a tile has the less of the band's two corners it computes in vain. Forward and dq own
+rows and walk keys; dk and dv own keys and walk the rows of all their heads. Nothing is added by atomics, so equal runs
+are equal bit for bit.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+import triton
 
-from nsa.kernels import fused
+from nsa.blocks import Pattern
+from nsa.kernels import window_device as device
+from nsa.kernels.flash.window import reads
+from nsa.kernels.primitives import capability, on_device, padded, precision
 
-# Queries that the backward makes one problem of, in windows and at least: where equal runs must give equal bits, FA-2
-# walks the keys of a problem one after the other, so many problems keep the card busy.
-_PROBLEM_WINDOWS, _PROBLEM_QUERIES = 4, 1024
-
-
-def unsupported(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
-    """Reasons against a backend for q [B,T,H,Dk], k [B,K,G,Dk], v [B,K,G,Dv]."""
-    if backend == "triton":
-        from nsa.kernels import banded
-
-        return banded.unsupported(q, v)
-    return fused.unsupported(backend, q, v)
+# Wider heads read outside their memory on an H200 (Triton 3.6.0, one stage, tiles of 256 columns): cause not found.
+_MOST_DIM = 128
+# Strides and head dims are whole multiples of it, so that every load is of 16 bytes and overlaps arithmetic. Loads of
+# single elements gave a wrong dq there.
+_EVEN = 16
+# Triton 3.0's pipeliner overlooks what is used inside a branch: "operation scheduled before its operands".
+_OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """`count` problems of `rows` queries each, one after the other, and of the `keys` keys that those see together.
+class Launch:
+    """Rows and keys of a tile, warps, pipeline stages, and most registers of a thread, of one kernel."""
 
-    The first has the queries from `start` and the keys from `first_key` on; the next ones begin `rows` further on.
-    """
-
-    count: int
     rows: int
     keys: int
-    start: int
-    first_key: int
-
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """[B,T,...] -> [B,count,rows,...], a view."""
-        return x[:, self.start : self.start + self.count * self.rows].unflatten(1, (self.count, self.rows))
-
-    def shared_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """[B,K,G,D] -> [B,count,keys,G,D], a view in which neighbours overlap."""
-        stop = self.first_key + (self.count - 1) * self.rows + self.keys
-        return x[:, self.first_key : stop].unfold(1, self.keys, self.rows).movedim(-1, 2)
-
-    def add(self, total: torch.Tensor, part: torch.Tensor) -> None:
-        """Add part [B,count,keys,G,D] to total [B,K,G,D]: the first `rows` keys, then what runs into the next."""
-        middle, stop = self.first_key + self.rows, self.first_key + self.count * self.rows
-        total[:, self.first_key : stop].unflatten(1, (self.count, self.rows)).add_(part[:, :, : self.rows])
-        if over := self.keys - self.rows:
-            total[:, middle : stop + over].unfold(1, over, self.rows).movedim(-1, 2).add_(part[:, :, self.rows :])
+    warps: int
+    stages: int
+    registers: int | None = None
 
 
-def stretches(T: int, K: int, w: int, rows: int, most: int) -> list[Stretch]:
-    """Cut the last T of K positions into problems of `rows` >= w queries, at most `most` equal ones to a stretch."""
-    found: list[Stretch] = []
-    for start in range(0, T, rows):
-        stop = min(start + rows, T)
-        first_key = max(0, K - T + start - w + 1)
-        one = Stretch(1, stop - start, K - T + stop - first_key, start, first_key)
-        last = found[-1] if found else None
-        if last and (last.rows, last.keys) == (one.rows, one.keys) and last.count < most:
-            found[-1] = replace(last, count=last.count + 1)
-        else:
-            found.append(one)
-    return found
+def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
+    """The launch table: kernel (forward, dq, dkv), card, padded head dim, bytes of an element.
+
+    Times on sm_90, of 4 to 10 candidates each: docs/kernels.md. Elsewhere what compiles within the card's memory.
+    """
+    if itemsize == 4:
+        return Launch(32, 32, 4, 1) if dim <= 64 else Launch(16, 16, 4, 1)
+    if sm in (90, 100):
+        stages = 3 if dim <= 64 else 2
+        # Capped, two of these blocks share a multiprocessor.
+        return Launch(128, 64, 8, stages, 128) if kernel == "forward" else Launch(64, 64, 4, stages)
+    if kernel == "dkv":
+        return Launch(32, 64, 8, 2)
+    return Launch(64, 64 if kernel == "forward" else 32, 4, 2)
 
 
-def reads(T: int, K: int, w: int) -> int:
-    """Keys that T queries at the end of K are handed: each its own and those before it, w at most."""
-    shortest = K - T + 1
-    short = min(max(w - shortest, 0), T)
-    return short * shortest + short * (short - 1) // 2 + (T - short) * w
+def unsupported(
+    backend: str, q: torch.Tensor, _: torch.Tensor, v: torch.Tensor, *, seq_len: int | None = None
+) -> list[str]:
+    """Reasons why these q, k, v cannot be taken; none if they can."""
+    reasons = []
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        reasons.append(f"{backend} takes bf16, fp16 or fp32, not {q.dtype}")
+    if max(q.shape[-1], v.shape[-1]) > _MOST_DIM:
+        reasons.append(f"{backend} takes head dims up to {_MOST_DIM}, not {max(q.shape[-1], v.shape[-1])}")
+    return reasons
+
+
+def _operand(x: torch.Tensor) -> torch.Tensor:
+    """x as the kernels load it: zero columns change neither scores nor output. A copy only where it is not so."""
+    if short := -x.shape[-1] % _EVEN:
+        return F.pad(x, (0, short)).contiguous()
+    rows, by_token, by_head = _strides(x)
+    if x.stride(-1) == 1 and (rows | by_token | by_head | x.storage_offset()) % _EVEN == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """All but the last, which is 1; that of an axis of one element, which is never walked, may be anything else."""
+    (rows, tokens, heads, _), (by_row, by_token, by_head, _) = x.shape, x.stride()
+    return by_row if rows > 1 else 0, by_token if tokens > 1 else 0, by_head if heads > 1 else 0
+
+
+@lru_cache(maxsize=1024)
+def _sizes(
+    kernel: str, sm: int, dtype: torch.dtype, T: int, R: int, DK: int, DV: int, gated: bool = False
+) -> dict[str, Any]:
+    """What a launch is specialised for."""
+    chosen = launch(kernel, sm, max(padded(DK), padded(DV)), dtype.itemsize)
+    rows = min(chosen.rows, padded(T * R))
+    sizes = {
+        "R": R, "DK": DK, "DV": DV, "DKP": padded(DK), "DVP": padded(DV), "ROWS": rows, "KEYS": chosen.keys,
+        "IP": precision(dtype), "ALWAYS": _OLD, "num_warps": chosen.warps, "num_stages": chosen.stages,
+    }  # fmt: skip
+    if chosen.registers:
+        sizes["maxnreg"] = chosen.registers
+    if kernel != "dkv":
+        span = (R - math.gcd(R, rows) + rows - 1) // R + 1
+        sizes |= {"SPAN": span, "DIAG": padded(span)}
+    if kernel != "forward":
+        sizes["GATED"] = gated
+    return sizes
+
+
+def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, torch.dtype, int, int, int, int]:
+    """What `_sizes` is asked for: the card, the type, queries, heads a group, head dims."""
+    return capability(q), q.dtype, q.shape[1], q.shape[2] // k.shape[2], q.shape[3], v.shape[3]
 
 
 def forward(
-    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: int
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """out [B,T,H,Dv], lse [B,T,H] fp32, and the keys read by one batch row and group.
-
-    q [B,T,H,Dk] are the last T of the K positions that k [B,K,G,Dk] and v [B,K,G,Dv] hold.
-    """
-    T, D = q.shape[1], q.shape[3]
-    if backend == "triton":
-        from nsa.kernels import banded
-
-        return *banded.forward(q, k, v, w), reads(T, k.shape[1], w)
-    first_key = max(0, k.shape[1] - T - w + 1)
-    k, v = k[:, first_key:], v[:, first_key:]
-    # One query sees just its own keys: without a band FA-2 spreads them over the card.
-    out, lse = fused.forward(backend, q, k, v, D**-0.5, causal=True, window=None if T == 1 else w)
-    return out.contiguous(), lse.transpose(1, 2).contiguous(), reads(T, k.shape[1], w)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: None, p: Pattern, S: int, count: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out [B,T,H,Dv], lse [B,T,H] fp32, natural, and the keys read [B,G] or []. Shapes as the op's, any strides."""
+    (B, T, H, D), G, K, DV = q.shape, k.shape[2], min(S, k.shape[1]), v.shape[3]
+    n = reads(T, K, p.w) if count else 0
+    read = q.new_full((B, G), n, dtype=torch.int64) if count else q.new_empty((0,), dtype=torch.int64)
+    q, k, v = _operand(q), _operand(k), _operand(v)
+    out = q.new_empty(B, T, H, v.shape[3])
+    lse = q.new_empty(B, T, H, dtype=torch.float32)
+    if out.numel():
+        sizes = _sizes("forward", *_shape(q, k, v))
+        with on_device(q):
+            device.forward[(triton.cdiv(T * sizes["R"], sizes["ROWS"]) * B * G,)](
+                q, k, v, out, lse, *_strides(q), *_strides(k), *_strides(v), D**-0.5, min(p.w, K), K - T, T, G, **sizes
+            )
+    return out[..., :DV].contiguous(), lse, read
 
 
 def backward(
-    backend: str,
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    w: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv of `forward`'s out; keys that two problems share are summed in fp32."""
-    if backend == "triton":
-        from nsa.kernels import banded
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: None, out: torch.Tensor,
+    lse: torch.Tensor, p: Pattern, S: int, backend: str, gate: torch.Tensor | None, delta: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; 0 for keys that no query sees.
 
-        return banded.backward(dout, q, k, v, out, lse, w)
-    B, T, H, D = q.shape
-    rows = max(_PROBLEM_WINDOWS * w, _PROBLEM_QUERIES)
-    most = max(1, fused.CALL_ELEMENTS // (B * rows * H * D))
-    dq = q.new_empty(q.shape)
-    dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
-    for part in stretches(T, k.shape[1], w, rows, most):
-        grads = fused.backward(
-            backend,
-            part.queries(dout).flatten(0, 1),
-            part.queries(q).flatten(0, 1),
-            part.shared_keys(k).flatten(0, 1),
-            part.shared_keys(v).flatten(0, 1),
-            part.queries(out).flatten(0, 1),
-            part.queries(lse).flatten(0, 1).transpose(1, 2),
-            D**-0.5,
-            causal=True,
-            window=w,
+    With gate and delta [B,T,H], fp32, of gate * out instead: delta is gate * rowsum(dout * out), and out is not read.
+    """
+    (B, T, H, DK), (_, N, G, DV), K = q.shape, v.shape, min(S, k.shape[1])
+    dout, q, k, v = _operand(dout), _operand(q), _operand(k), _operand(v)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    lse = lse.contiguous()
+    if gate is None or delta is None:
+        gated, beside, delta = False, _operand(out).contiguous(), torch.empty_like(lse)
+    else:
+        gated, beside, delta = True, gate.contiguous(), delta.contiguous()
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
+    place = (DK**-0.5, min(p.w, K), K - T, T, G)
+    with on_device(q):
+        sizes = _sizes("dq", *_shape(q, k, v), gated)
+        device.backward_dq[(triton.cdiv(T * sizes["R"], sizes["ROWS"]) * B * G,)](
+            q, k, v, dout, beside, lse, delta, dq, *strides, *place, **sizes
         )
-        part_dq, part_dk, part_dv = (x.unflatten(0, (B, part.count)) for x in grads)
-        part.queries(dq).copy_(part_dq)
-        part.add(dk, part_dk)
-        part.add(dv, part_dv)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+        sizes = _sizes("dkv", *_shape(q, k, v), gated)
+        device.backward_dkv[(triton.cdiv(N, sizes["KEYS"]) * B * G,)](
+            q, k, v, dout, beside, lse, delta, dk, dv, *strides, *place, N, **sizes
+        )
+    return dq[..., :DK].contiguous(), dk[..., :DK].contiguous(), dv[..., :DV].contiguous()

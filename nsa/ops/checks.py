@@ -1,15 +1,33 @@
-"""What every attention op asks of its inputs, and how ragged rows are walked."""
+"""What every attention op asks of its inputs, how ragged rows are walked, and products that autocast leaves alone."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
-from nsa.blocks import n_compressed
+from nsa.blocks import Pattern, n_compressed
 from nsa.config import NSAConfig
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def exact(function: F) -> F:
+    """Run `function` outside autocast, of the device of its first argument: autocast would take the operands of a
+    product that is written in fp32, or in fp64, down to bf16."""
+
+    @functools.wraps(function)
+    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return function(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -33,47 +51,56 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Non
 
 def check_seq_len(op: str, q: torch.Tensor, seq_len: int | torch.Tensor) -> tuple[int, torch.Tensor | None]:
     """Split `seq_len` into (int, None), or (0, int32 [B]) for ragged rows; ValueError for an int below T, for no
-    query at all, or for a tensor that is not a length a batch row."""
+    query at all, or for a tensor that is not a length a batch row. What the lengths are, `row_lengths` looks at."""
     B, T = q.shape[:2]
     if not B * T:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}: no query; give at least one row and one token")
     if isinstance(seq_len, torch.Tensor):
         if seq_len.shape != (B,) or seq_len.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{op}: seq_len is {seq_len.dtype} {tuple(seq_len.shape)}; expected int32 [{B}]")
-        if _is_at_hand(seq_len) and int(seq_len.min()) < 0:
-            raise ValueError(f"{op}: seq_len = {int(seq_len.min())} in row {int(seq_len.argmin())} is below 0")
         return 0, seq_len
     if seq_len < T:
         raise ValueError(f"{op}: seq_len = {seq_len} is below the {T} queries, which are the last of its positions")
     return seq_len, None
 
 
-def check_blocks(op: str, k_cmp: torch.Tensor, S: int, cfg: NSAConfig) -> None:
-    """ValueError if k_cmp [B,*,G,D] lacks compressed keys of S positions."""
-    C = n_compressed(S, cfg)
-    if k_cmp.shape[1] < C:
-        raise ValueError(f"{op}: {k_cmp.shape[1]} compressed keys, but seq_len = {S} has {C} blocks")
+def keys_needed(op: str, S: int, T: int, p: Pattern | NSAConfig) -> int:
+    """Rows that k must have for T queries at the end of S positions; `op` as routing names it."""
+    if op in ("compressed", "selection"):
+        return n_compressed(S, p)
+    return min(S, p.w + T - 1) if op == "window" else S
 
 
-def longest(S: int, rows: torch.Tensor | None) -> int:
-    """The positions that keys must cover; 0 where only a device knows, which a check does not wait for."""
-    if rows is None:
-        return S
-    return int(rows.max()) if _is_at_hand(rows) else 0
+def check_keys(op: str, name: str, k: torch.Tensor, S: int, T: int, p: Pattern | NSAConfig) -> None:
+    """ValueError, by the public `name`, if k has fewer rows than S positions need."""
+    needed = keys_needed(op, S, T, p)
+    if k.shape[1] < needed:
+        what = "compressed keys" if op in ("compressed", "selection") else "keys"
+        raise ValueError(f"{name}: {k.shape[1]} {what}, but {T} queries at seq_len = {S} need {needed}")
 
 
-def _is_at_hand(rows: torch.Tensor) -> bool:
-    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
+def row_lengths(op: str, name: str, rows: torch.Tensor, k: torch.Tensor, T: int, p: Pattern | NSAConfig) -> list[int]:
+    """Ragged lengths as ints. ValueError for one below 0 or beyond what k holds, wherever they lie: walking rows waits
+    for them in any case, and a kernel would read past k's end."""
+    lengths = rows.tolist()
+    for b, S in enumerate(lengths):
+        if S < 0:
+            raise ValueError(f"{name}: seq_len = {S} in row {b} is below 0")
+        check_keys(op, name, k, S, min(T, S), p)
+    return lengths
 
 
-def each_row(
-    one: Callable[[int, int, int], tuple[torch.Tensor, ...]], T: int, rows: torch.Tensor
+def by_row(
+    run: Callable[[slice, slice, int], tuple[torch.Tensor, ...]], T: int, lengths: list[int], *fills: float | None
 ) -> tuple[torch.Tensor, ...]:
-    """Run `one(b, S, T_b)` for every ragged row and stack the results; T_b = min(T, S), the row's real queries.
+    """Run `run(row, queries, S)` for every ragged row and stack the results; `queries` are the row's last min(T, S).
 
-    Results of a row with fewer queries than T are the caller's to pad.
+    A result with a fill is padded with it in front to T queries.
     """
-    results = [one(b, S, min(T, S)) for b, S in enumerate(rows.tolist())]
+    results = []
+    for b, S in enumerate(lengths):
+        found = run(slice(b, b + 1), slice(T - min(T, S), T), S)
+        results.append([x if f is None else pad_front(x, T, f) for x, f in zip(found, fills, strict=True)])
     return tuple(torch.cat(column) for column in zip(*results, strict=True))
 
 

@@ -1,9 +1,12 @@
 """The gated sum of the branches (Eq. 5)."""
 
+from __future__ import annotations
+
 import torch
 
 from nsa import routing
 from nsa.config import NSAConfig
+from nsa.ops import operator
 
 # Below this many elements the operator costs more on the host than the plain form's four launches.
 _FEW_ELEMENTS = 1 << 20
@@ -16,11 +19,6 @@ def gates(logits: torch.Tensor, cfg: NSAConfig) -> torch.Tensor:
 
 def _gates(logits: torch.Tensor, softmax: bool) -> torch.Tensor:
     return logits.softmax(-1) if softmax else logits.sigmoid()
-
-
-def apply_gate(out: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """Scale a branch's output [B,T,H,Dv] by its gate [B,T,H]; None leaves it as it is."""
-    return out if gate is None else out * gate.unsqueeze(-1).to(out.dtype)
 
 
 def combine(
@@ -49,7 +47,7 @@ def combine(
     # Off a GPU the operator has nothing to choose from.
     if backend == "reference" or (backend is None and not (cmp.is_cuda and cmp.numel() >= _FEW_ELEMENTS)):
         return _reference(cmp, sel, win, logits, softmax)
-    return _combine(cmp, sel, win, logits, softmax, backend)
+    return torch.ops.nsa.combine(cmp, sel, win, logits, softmax, backend)
 
 
 def _reference(
@@ -60,68 +58,65 @@ def _reference(
     return torch.addcmul(torch.addcmul(cmp * g_cmp, sel, g_sel), win, g_win)
 
 
-def _reference_backward(
-    dout: torch.Tensor, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `_reference`'s inputs."""
-    wide = torch.promote_types(dout.dtype, torch.float32)
-    g = _gates(logits.to(wide), softmax)
-    d_gates = torch.stack([(dout * x).sum(-1, dtype=wide) for x in (cmp, sel, win)], -1)
-    d_logits = g * (d_gates - (g * d_gates).sum(-1, keepdim=True)) if softmax else d_gates * g * (1 - g)
-    d_cmp, d_sel, d_win = (dout * gate for gate in g.to(dout.dtype).unsqueeze(-1).unbind(-2))
-    return d_cmp, d_sel, d_win, d_logits.to(logits.dtype)
-
-
-@torch.library.custom_op("nsa::combine", mutates_args=())
-def _combine(
-    cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool, backend: str | None
+def summed(
+    backend: str, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool
 ) -> torch.Tensor:
-    route = routing.choose("combine", cmp, sel, win, logits, backend=backend)
-    routing.launches["combine", route.backend] += 1
-    if route.backend == "triton":
+    """The gated sum by a backend that `routing` chose."""
+    routing.launches["combine", backend] += 1
+    if backend == "triton":
         from nsa.kernels import combine as kernel
 
         return kernel.forward(cmp, sel, win, logits, softmax)
-    return _reference(cmp, sel, win, logits, softmax).contiguous()
+    return _reference(cmp, sel, win, logits, softmax)
 
 
-@_combine.register_fake
-def _(cmp, sel, win, logits, softmax, backend):
-    return cmp.new_empty(cmp.shape)
-
-
-@torch.library.custom_op("nsa::combine_backward", mutates_args=())
-def _combine_backward(
-    dout: torch.Tensor,
-    cmp: torch.Tensor,
-    sel: torch.Tensor,
-    win: torch.Tensor,
-    logits: torch.Tensor,
+def fold(
+    backend: str, dout: torch.Tensor, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor,
     softmax: bool,
-    backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What the branches' backward passes need of the gated sum's, in place of three scaled gradients: d_logits, gates
+    [3,B,T,H] and deltas [3,B,T,H], gate * rowsum(dout * branch output), both in at least fp32."""
+    routing.launches["combine_backward", backend] += 1
+    if backend == "triton":
+        from nsa.kernels import combine as kernel
+
+        return kernel.fold(dout, cmp, sel, win, logits, softmax)
+    wide = torch.promote_types(dout.dtype, torch.float32)
+    g = _gates(logits.to(wide), softmax).movedim(-1, 0)
+    deltas = g * torch.stack([(dout.to(wide) * x).sum(-1) for x in (cmp, sel, win)])
+    d_logits = deltas - g * deltas.sum(0) if softmax else deltas * (1 - g)
+    return d_logits.movedim(0, -1).to(logits.dtype), g, deltas
+
+
+def _body(cmp, sel, win, logits, softmax, backend):
+    route = routing.choose("combine", cmp, sel, win, logits, backend=backend)
+    return summed(route.backend, cmp, sel, win, logits, softmax)
+
+
+def _body_backward(dout, cmp, sel, win, logits, softmax, backend):
     route = routing.choose("combine", cmp, sel, win, logits, backend=backend, training=True)
-    routing.launches["combine_backward", route.backend] += 1
     if route.backend == "triton":
         from nsa.kernels import combine as kernel
 
+        routing.launches["combine_backward", route.backend] += 1
         return kernel.backward(dout, cmp, sel, win, logits, softmax)
-    d_cmp, d_sel, d_win, d_logits = _reference_backward(dout, cmp, sel, win, logits, softmax)
-    return d_cmp.contiguous(), d_sel.contiguous(), d_win.contiguous(), d_logits.contiguous()
+    d_logits, g, _ = fold(route.backend, dout, cmp, sel, win, logits, softmax)
+    return *(dout * one.unsqueeze(-1).to(dout.dtype) for one in g), d_logits
 
 
-@_combine_backward.register_fake
-def _(dout, cmp, sel, win, logits, softmax, backend):
-    return tuple(x.new_empty(x.shape) for x in (cmp, sel, win, logits))
-
-
-def _setup(ctx, inputs, output):
-    *tensors, ctx.softmax, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd(ctx, dout):
-    return *_combine_backward(dout, *ctx.saved_tensors, ctx.softmax, ctx.backend), None, None
-
-
-_combine.register_autograd(_autograd, setup_context=_setup)
+_forward = operator.define(
+    "combine(Tensor cmp, Tensor sel, Tensor win, Tensor logits, bool softmax, str? backend) -> Tensor",
+    _body,
+    lambda cmp, sel, win, logits, softmax, backend: cmp.new_empty(cmp.shape),
+)
+_backward = operator.define(
+    "combine_backward(Tensor dout, Tensor cmp, Tensor sel, Tensor win, Tensor logits, bool softmax, str? backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _body_backward,
+    lambda dout, cmp, sel, win, logits, softmax, backend: tuple(x.new_empty(x.shape) for x in (cmp, sel, win, logits)),
+)
+operator.differentiable(
+    _forward,
+    lambda dout, tensors, rest: (*_backward(dout, *tensors, *rest), None, None),
+    lambda inputs, results: (inputs[:4], inputs[4:]),
+)

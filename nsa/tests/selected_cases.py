@@ -61,8 +61,8 @@ def run(
     torch.use_deterministic_algorithms(True)
     try:
         with bounds(selected, small), guard():
-            out, lse, reads = selected.forward(q, k, v, blocks, cfg.l_sel, S, True)
-            grads = selected.backward(dout, q, k, v, blocks, out, lse, cfg.l_sel, S)
+            out, lse, reads = selected.forward(q, k, v, blocks, cfg.pattern, S, True, "triton")
+            grads = selected.backward(dout, q, k, v, blocks, out, lse, cfg.pattern, S, "triton", None, None)
     finally:
         torch.use_deterministic_algorithms(False)
     return (q, k, v, dout, blocks), (out, *grads), lse, reads

@@ -172,18 +172,18 @@ def test_ragged_rows_count_their_own_reads(T, backend):
 
 def test_a_layer_whose_choice_is_cut_short_reads_less_than_the_formula(monkeypatch):
     """The counters of the cache come from the ops' inputs: hand them fewer blocks and they drop below the formula."""
-    import nsa.attention
+    from nsa.ops import selection
 
     cfg = shapes.PATTERNS["small"]
     layer = NativeSparseAttention(ModelConfig(dim=8, n_heads=4, n_kv_groups=2, d_k=4, d_v=4, nsa=cfg)).double()
-    whole = nsa.attention.select_blocks
+    whole = selection.choose
 
     def without_the_first(*args, **kwargs):
         chosen = whole(*args, **kwargs)
         chosen[..., 0] = -1
         return chosen
 
-    monkeypatch.setattr(nsa.attention, "select_blocks", without_the_first)
+    monkeypatch.setattr(selection, "choose", without_the_first)
     cache = KVCache(layer.cfg, 1, 90, device="cpu", dtype=torch.float64)
     x = torch.randn(1, 90, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():

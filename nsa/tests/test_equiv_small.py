@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from nsa import blocks as arithmetic
-from nsa import compress, compressed_attention, select_blocks, selected_attention, sliding_window_attention
+from nsa import (
+    compress,
+    compressed_attention,
+    select_blocks,
+    selected_attention,
+    sliding_window_attention,
+    sparse_attention,
+)
 from nsa.ops.combine import combine, gates
 from nsa.ops.compress import make_phi
 from nsa.testing import (
@@ -194,34 +201,59 @@ def test_gates_and_their_sum_are_equation_5(kind):
     torch.testing.assert_close(combine(*outs, logits, cfg), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("op", ["compressed", "selected-reference", "selected-torch", "window"])
-def test_a_gate_scales_its_branch_and_gets_a_gradient(op):
-    cfg, S, T = shapes.PATTERNS["small"], 49, 20
-    q, k, v = inputs(2, T, S)
-    gate = torch.rand(2, T, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    chosen = fixed_selection(2, T, 2, S, cfg)
+# Autocast
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_autocast_ends_at_the_door_of_every_operation(backend):
+    """A product written in fp32 is one under autocast(bf16) too, forward and backward: equal bits, equal choices."""
+    cfg, S, T = shapes.PATTERNS["small"], 300, 120
+    q, k, v = (x.requires_grad_() for x in inputs(1, T, S, R=3, Dk=32, Dv=32, dtype=torch.float32))
     C = arithmetic.n_compressed(S, cfg)
+    logits = torch.randn(1, T, 6, 3, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    chosen = fixed_selection(1, T, 2, S, cfg)
 
-    def run(q, k, v, gate):
-        if op == "compressed":
-            return compressed_attention(q, k[:, :C], v[:, :C], cfg, seq_len=S, gate=gate)[0]
-        if op == "window":
-            return sliding_window_attention(q, k, v, cfg, gate=gate)
-        return selected_attention(q, k, v, chosen, cfg, gate=gate, backend=op.split("-")[1])
+    def run():
+        cmp, lse = compressed_attention(q, k[:, :C], v[:, :C], cfg, seq_len=S, backend=backend)
+        blocks = select_blocks(q, k[:, :C], lse, cfg, seq_len=S, backend=backend)
+        sel = selected_attention(q, k, v, chosen, cfg, backend=backend)
+        win = sliding_window_attention(q, k, v, cfg, backend=backend)
+        pair = k[:, :C], v[:, :C]
+        whole = sparse_attention(q, pair, (k, v), (k, v), logits, cfg, seq_len=S, backend=backend)
+        return cmp, sel, win, whole, lse, blocks
 
-    def expected(q, k, v, gate):
-        if op == "compressed":
-            out = oracle.compressed_attention(q, k[:, :C], v[:, :C], cfg, seq_len=S)[0]
-        elif op == "window":
-            out = oracle.sliding_window_attention(q, k, v, cfg)
-        else:
-            out = oracle.selected_attention(q, k, v, chosen, cfg)
-        return out * gate[..., None]
-
-    assert_same(run, expected, q, k, v, gate)
+    plain = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run()
+    gradients = [torch.autograd.grad(sum(found[:4]).sum(), (q, k, v, logits)) for found in (plain, cast)]
+    assert all(torch.equal(a, b) for a, b in zip((*plain, *gradients[0]), (*cast, *gradients[1]), strict=True))
 
 
 # Ragged rows
+
+
+@pytest.mark.parametrize("op", ["compressed_attention", "selected_attention", "sliding_window_attention"])
+@pytest.mark.parametrize(("lengths", "said"), [([20, 120], "seq_len = 120 need"), ([-1, 40], "-1 in row 0 is below 0")])
+def test_lengths_are_looked_at_where_the_rows_are_walked(op, lengths, said):
+    """Inside the operator: what a compiled caller, or one with lengths on a device, cannot know."""
+    cfg = shapes.PATTERNS["small"]
+    q, k, v = inputs(2, 9, 12 if op == "compressed_attention" else 20)
+    chosen = fixed_selection(2, 9, 2, 20, cfg) if op == "selected_attention" else None
+    rows = torch.tensor(lengths, dtype=torch.int32)
+    with pytest.raises(ValueError, match=said):
+        getattr(torch.ops.nsa, op)(q, k, v, chosen, list(cfg.pattern), 0, rows, False, None)
+
+
+def test_a_compiled_call_refuses_a_negative_length():
+    cfg = shapes.PATTERNS["small"]
+    q, k, v = inputs(2, 9, 65)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(rows):
+        return sliding_window_attention(q, k, v, cfg, seq_len=rows)
+
+    with pytest.raises(ValueError, match="-3 in row 1 is below 0"):
+        run(torch.tensor([65, -3], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

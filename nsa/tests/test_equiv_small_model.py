@@ -16,6 +16,7 @@ from nsa import (
     select_blocks,
     selected_attention,
     sliding_window_attention,
+    sparse_attention,
 )
 from nsa.config import ModelConfig
 from nsa.rope import Rope
@@ -256,10 +257,11 @@ class _Recorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_every_custom_operator_passes_opcheck(ragged):
-    """Schema, fake tensors and autograd registration of each operator, on the arguments that the layer's ops make."""
-    cfg, S, T = shapes.PATTERNS["small"], 65, 33
-    q, k, v = (x.requires_grad_() for x in inputs(2, T, S))
+@pytest.mark.parametrize(("T", "Dk", "Dv"), [(33, 8, 8), (1, 8, 6), (4, 8, 6), (33, 6, 8)])
+def test_every_custom_operator_passes_opcheck(ragged, T, Dk, Dv):
+    """Schema, fake tensors (strides too) and autograd registration of each operator, on permuted inputs."""
+    cfg, S = shapes.PATTERNS["small"], 65
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs(2, T, S, Dk=Dk, Dv=Dv))
     C = len(oracle.compressed_spans(S, cfg))
     seq_len = torch.tensor([S, 40], dtype=torch.int32) if ragged else S
     chosen = fixed_selection(2, T, 2, 40, cfg)
@@ -270,7 +272,10 @@ def test_every_custom_operator_passes_opcheck(ragged):
         win = sliding_window_attention(q, k, v, cfg, seq_len=seq_len)
         logits = torch.randn(2, T, 4, 3, dtype=q.dtype).requires_grad_()
         # Off a GPU `combine` goes without its operator.
-        torch.ops.nsa.combine(cmp, sel, win, logits, True, None).sum().backward()
+        out = torch.ops.nsa.combine(cmp, sel, win, logits, True, None)
+        pair = k[:, :C], v[:, :C]
+        out = out + sparse_attention(q, pair, (k, v), (k, v), logits, cfg, seq_len=seq_len)
+        out.sum().backward()
     seen = {func.name() for func, _ in recorder.calls}
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nsa::")}
     assert seen == registered, f"never called: {registered - seen}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nsa import NSAConfig, compressed_attention, routing, sliding_window_attention
-from nsa.kernels import compressed, fused, window
+from nsa.kernels.flash import compressed, operators, window
 from nsa.testing import allowed_mask, assert_within_budget, eager, inputs, oracle, shapes, within_budget
 
 CFG = NSAConfig(n_sel=4, w=64)
@@ -155,7 +155,7 @@ def test_equal_runs_have_equal_gradients_bit_for_bit(cuda, short_cudnn, op, back
 @pytest.mark.parametrize("op", ["window", "compressed"])
 def test_many_bounded_calls_compute_what_one_does(cuda, needs, monkeypatch, op):
     needs(op, "flash")
-    monkeypatch.setattr(fused, "CALL_ELEMENTS", 140 * 6 * 64)
+    monkeypatch.setattr(operators, "CALL_ELEMENTS", 140 * 6 * 64)
     monkeypatch.setattr(window, "_PROBLEM_QUERIES", 70)
     monkeypatch.setattr(window, "_PROBLEM_WINDOWS", 1)
     shape = (1, 700, 777, 2, 3, 64, 64)
@@ -198,7 +198,7 @@ def test_forbidding_fa2_runs_no_flash_at_all(cuda, flag):
 
 
 def test_the_own_block_and_past_blocks_of_selected_use_the_fused_operator(cuda):
-    from nsa.ops import dense
+    from nsa.kernels.plain import dense
 
     q, k, v = (
         x.transpose(1, 2) for x in inputs(7, 64, 64, G=1, R=6, Dk=64, Dv=32, dtype=torch.bfloat16, device="cuda")

@@ -16,8 +16,7 @@ FEW = NSAConfig(n_sel=4, w=64)
 def _select(q, k, lse, cfg, S):
     from nsa.kernels.selection import select
 
-    pattern = {n: getattr(cfg, n) for n in ("l", "d", "l_sel", "n_sel", "init_blocks", "local_blocks")}
-    return select(q, k, lse, **pattern, seq_len=S)
+    return select(q, k, lse, cfg.pattern, S)
 
 
 def _compare(cfg, shape, dtype, contiguous=True, workspace=None, scale=1.0):

@@ -129,9 +129,8 @@ def test_the_choice_of_blocks(shape, dtype, workspace):
     cfg = NSAConfig(**PAPER)
     q, k, _ = inputs(B, T, n_compressed(S, cfg), G=G, R=R, Dk=D, dtype=dtype, contiguous=False)
     lse = compressed_attention(q, k, k, cfg, seq_len=S)[1]
-    pattern = {n: getattr(cfg, n) for n in ("l", "d", "l_sel", "n_sel", "init_blocks", "local_blocks")}
     with cases.bounds(selection, {"_WORKSPACE": workspace} if workspace else {}):
-        got = selection.select(*(x.cuda() for x in (q, k, lse)), **pattern, seq_len=S).cpu()
+        got = selection.select(*(x.cuda() for x in (q, k, lse)), cfg.pattern, S).cpu()
     assert check_blocks(got, S, T, cfg) == []
     exact = [x.double() for x in (q, k, lse)]
     scores = block_scores_reference(*exact, cfg, seq_len=S)

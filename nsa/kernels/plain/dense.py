@@ -22,6 +22,11 @@ def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
+def gated(dout: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """The gradient of a branch [B,T,H,Dv] from that of the gated sum; gate [B,T,H] or None for a branch alone."""
+    return dout if gate is None else (dout * gate.unsqueeze(-1)).to(dout.dtype)
+
+
 def fused(backend: str, q: torch.Tensor) -> bool:
     """Whether a fused operator of the GPU runs `backend` on these queries; elsewhere the forms below do."""
     if backend == "sdpa":  # its strides are int32
@@ -60,7 +65,7 @@ def forward(
     `causal` means row i sees keys up to i, and wants T = S. lse is natural, fp32 (fp64 for fp64).
     """
     if mask is None and fused("sdpa", q):
-        from nsa.kernels import fused as kernel
+        from nsa.kernels.flash import operators as kernel
 
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = kernel.forward("sdpa", q, k, v, scale, causal=causal)
@@ -92,7 +97,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `forward`'s out. With `out` and `lse` of a larger softmax it gives this part's share of them."""
     if mask is None and fused("sdpa", q):
-        from nsa.kernels import fused as kernel
+        from nsa.kernels.flash import operators as kernel
 
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         dq, dk, dv = kernel.backward("sdpa", dout, q, k, v, out, lse, scale, causal=causal)
