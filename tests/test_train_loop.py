@@ -512,6 +512,28 @@ def test_what_comes_between_steps_is_no_steps_time(tmp_path, monkeypatch, ahead)
     assert [row.toks_per_s for row in rows] == 6 * [128.0]
 
 
+@pytest.mark.parametrize(
+    ("mode", "why_not", "asked", "said"),
+    [
+        ("off", None, [], ""),
+        ("auto", "not on a CPU", ["auto"], ""),
+        ("on", None, ["on"], "blocks are compiled: the first step takes longer\n"),
+        ("on", "no compiler", ["on"], "blocks run eagerly: no compiler\n"),
+    ],
+)
+def test_blocks_are_compiled_as_the_configuration_says_and_a_line_tells(
+    tmp_path, monkeypatch, capsys, mode, why_not, asked, said
+):
+    modes = []
+    monkeypatch.setattr(loop.models, "compile_blocks", lambda model, mode: modes.append(mode) or why_not)
+    plain = tiny(tmp_path / "run", steps=1).as_dict()
+    train(config.build({**plain, "runtime": {**plain["runtime"], "compile": mode}}), emit=quiet)
+    assert modes == asked
+    assert capsys.readouterr().err == said
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["compiled"] == (mode != "off" and why_not is None)
+
+
 @pytest.mark.parametrize(("peak", "field", "value"), [(512.0, "| mfu 0.25 |", 0.25), (None, None, None)])
 def test_mfu_is_the_share_of_the_peak_where_that_is_known(tmp_path, monkeypatch, a_second_a_step, peak, field, value):
     monkeypatch.setattr(loop, "_peak_tokens", lambda cfg, world: peak)

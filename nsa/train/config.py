@@ -52,8 +52,8 @@ def _switch(value: Any) -> Any:
 
 class RuntimeConfig(Section):
     """device auto takes CUDA where there is one; precision bf16 is autocast over fp32 weights; ddp as `dist.init`;
-    compile auto compiles the blocks on CUDA where that was measured (`nsa.model.compile_blocks`); reduce is the dtype in
-    which the ranks exchange gradients.
+    compile auto compiles the blocks on CUDA where that was measured (`nsa.model.compile_blocks`); reduce is the dtype
+    in which the ranks exchange gradients.
     """
 
     device: str = Limit("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import random
@@ -27,6 +26,7 @@ from nsa.train import checkpoint, dist
 from nsa.train.config import TrainConfig
 from nsa.train.data import Source, open_data, seed_of
 from nsa.train.errors import CheckpointError, ConfigError, LostDataError, NonFiniteError, TrainError
+from nsa.train.flops import flops_per_token, peak_flops
 from nsa.train.loader import Loader
 from nsa.train.optim import lr_at, restore
 from nsa.train.step import Launched, Mark, News, Outcome, Stepper, autocast, runs_ahead
@@ -165,13 +165,12 @@ class _Run:
 
     def _compile(self) -> bool:
         """Compile the blocks if the configuration says so; whether they are."""
-        if not getattr(self.cfg.runtime, "compile", False):
+        mode = self.cfg.runtime.compile
+        if mode == "off":
             return False
-        if self.world.ddp:
-            # It would cut each block's graph at bucket borders; a block's gradients are about a bucket as they are.
-            torch._dynamo.config.optimize_ddp = False
-        why_not: str | None = models.compile_blocks(self.model)  # type: ignore[attr-defined]
-        if self.world.is_main:
+        why_not = models.compile_blocks(self.model, mode)
+        # Nobody is told of a default that is the default: `auto` on a CPU is eager.
+        if self.world.is_main and (mode == "on" or self.world.device.type == "cuda"):
             say(f"blocks run eagerly: {why_not}" if why_not else "blocks are compiled: the first step takes longer")
         return why_not is None
 
@@ -457,12 +456,8 @@ class _Meter:
 
 def _peak_tokens(cfg: TrainConfig, world: dist.World) -> float | None:
     """Tokens per second at which all cards would be at their peak; None where a card's is not known."""
-    if world.device.type != "cuda" or importlib.util.find_spec("nsa.train.flops") is None:
-        return None
-    from nsa.train import flops  # type: ignore[attr-defined]
-
-    peak: float | None = flops.peak_flops(torch.cuda.get_device_name(world.device))
-    return None if peak is None else world.size * peak / flops.flops_per_token(cfg.model, cfg.train.seq_len)
+    peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    return None if peak is None else world.size * peak / flops_per_token(cfg.model, cfg.train.seq_len)
 
 
 def _seed_all(seed: int) -> None:
