@@ -24,7 +24,7 @@ from nsa import routing
 from nsa.model import Block, Transformer
 from nsa.records import TrainRow, ValRow, read_rows
 from nsa.train import checkpoint, config, loop, step
-from nsa.train.errors import LostDataError, NonFiniteError, SaveError, UsageError
+from nsa.train.errors import LostDataError, NonFiniteError, SaveError, TrainError, UsageError
 from nsa.train.loader import Loader
 from nsa.train.loop import train
 from nsa.train.optim import build_optimizer, lr_factor, parameter_groups, restore
@@ -388,6 +388,17 @@ def test_an_update_is_fused_or_not_as_the_run_has_it_not_as_the_checkpoint(tmp_p
     assert torch.equal(layer.weight, before)
     restore(plain, fused.state_dict())
     assert [group["fused"] for group in plain.param_groups] == [False, False]
+
+
+def test_a_card_that_is_too_small_is_told_with_what_to_lower(tmp_path, monkeypatch):
+    def full(real, model, ids, targets):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    on_call(monkeypatch, Transformer, "loss", 2, full)
+    with pytest.raises(
+        TrainError, match=r"^step 2: cpu has not the memory for 4 windows of 32 tokens;\nlower train\.b"
+    ):
+        run(tmp_path / "run")
 
 
 # --- data ---
