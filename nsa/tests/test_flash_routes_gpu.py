@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nsa import NSAConfig, compressed_attention, routing, sliding_window_attention
-from nsa.kernels.flash import compressed, window
+from nsa.kernels.flash import compressed, operators, window
 from nsa.testing import allowed_mask, assert_within_budget, eager, inputs, oracle, shapes, within_budget
 
 CFG = NSAConfig(n_sel=4, w=64)
