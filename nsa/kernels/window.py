@@ -75,8 +75,7 @@ def _operand(x: torch.Tensor) -> torch.Tensor:
     """x as the kernels load it: zero columns change neither scores nor output. A copy only where it is not so."""
     if short := -x.shape[-1] % _EVEN:
         return F.pad(x, (0, short)).contiguous()
-    rows, by_token, by_head = _strides(x)
-    if x.stride(-1) == 1 and (rows | by_token | by_head | x.storage_offset()) % _EVEN == 0:
+    if x.stride(-1) == 1 and not any(n % _EVEN for n in (*_strides(x), x.storage_offset())):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -140,7 +139,7 @@ def backward(
 
     With gate and delta [B,T,H], fp32, of gate * out instead: delta is gate * rowsum(dout * out), and out is not read.
     """
-    (B, T, H, DK), (_, N, G, DV), K = q.shape, v.shape, min(S, k.shape[1])
+    (B, T, _, DK), (_, N, G, DV), K = q.shape, v.shape, min(S, k.shape[1])
     dout, q, k, v = _operand(dout), _operand(q), _operand(k), _operand(v)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     lse = lse.contiguous()

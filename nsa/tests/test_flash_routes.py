@@ -1,5 +1,7 @@
 """The fused routes of the compressed and the window branch, as far as no GPU is needed: geometry, reasons, shapes."""
 
+import threading
+
 import pytest
 import torch
 
@@ -155,6 +157,83 @@ def test_a_backward_pass_leaves_the_deterministic_mode_as_it_was(monkeypatch, ba
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     operators.backward(backend, q, q, k, k, q, lse, 0.1, causal=True)
     assert (torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory) == before
+
+
+@pytest.fixture
+def mode():
+    """mode() is torch's deterministic mode and filling, mode("warn") sets it; the test leaves the default."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+
+    def mode(name=None, filling=True):
+        if name is not None:
+            torch.set_deterministic_debug_mode(name)
+            torch.utils.deterministic.fill_uninitialized_memory = filling
+        return (
+            ("default", "warn", "error")[torch.get_deterministic_debug_mode()],
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    yield mode
+    mode("default", fill)
+
+
+@pytest.mark.parametrize("users", ["default", "warn", "error"])
+def test_overlapping_backward_passes_of_two_threads_leave_the_users_mode(mode, users):
+    """The first in is the first out: the second must not lose the mode, nor take the first one's for the user's."""
+    mode(users)
+    in_first, in_second, out_first = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def first():
+        with operators._repeatable():
+            in_first.set()
+            in_second.wait(10)
+        out_first.set()
+
+    def second():
+        in_first.wait(10)
+        with operators._repeatable():
+            in_second.set()
+            out_first.wait(10)
+            seen["second"] = mode()[0]
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert seen == {"second": "error"}
+    assert mode() == (users, True)
+
+
+def test_a_mode_that_is_set_during_a_backward_pass_stays(mode):
+    mode("default")
+    with operators._repeatable():
+        assert mode() == ("error", False)
+        mode("warn")
+    assert mode() == ("warn", True)
+
+
+def test_a_backward_pass_that_fails_leaves_the_users_mode(mode):
+    mode("warn")
+    with pytest.raises(ZeroDivisionError), operators._repeatable(), operators._repeatable():
+        raise ZeroDivisionError
+    assert mode() == ("warn", True)
+
+
+def test_the_memory_efficient_operator_needs_no_mode(mode, monkeypatch):
+    """One split of its keys is asked for by argument."""
+    mode("default")
+    asked = []
+
+    def backward(dout, q, k, v, *rest, num_splits_key, **more):
+        asked.append((num_splits_key, mode()[0]))
+        return q, k, v, None
+
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_backward", backward)
+    q, lse = _meta(1, 64, 4, 64), _meta(1, 4, 64, dtype=torch.float32)
+    operators.backward("sdpa", q, q, q, q, q, lse, 0.1, causal=True)
+    assert asked == [(1, "default")]
 
 
 def test_operands_are_copied_only_where_the_operators_could_not_load_them():

@@ -11,6 +11,7 @@ never copied. `causal`: row i sees keys up to K - T + i, the last `window` of th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,35 +99,39 @@ def backward(
     K, G, Dv = v.shape[1:]
     width = _width(q, v)
     dout, q, k, v, out = (_operand(x, width) for x in (dout, q, k, v, out))
-    with _repeatable():
-        if backend == "flash":
-            # What a forward with dropout would have left.
-            seeds = (torch.empty(n, dtype=torch.uint64, device=q.device) for n in ((2,), ()))
+    if backend == "flash":
+        # What a forward with dropout would have left.
+        seeds = [torch.empty(n, dtype=torch.uint64, device=q.device) for n in ((2,), ())]
+        k, v, lse = _shared(k, q), _shared(v, q), lse.contiguous()
+        with _repeatable():
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                dout, q, _shared(k, q), _shared(v, q), out, lse.contiguous(), None, None, T, K, 0.0,
-                causal and window is None, *seeds, scale=scale, **_flash(window),
+                dout, q, k, v, out, lse, None, None, T, K, 0.0, causal and window is None, *seeds, scale=scale,
+                **_flash(window),
             )  # fmt: skip
-        elif backend == "cudnn":
-            seeds = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
-            by_head = (_shared(x, q).transpose(1, 2) for x in (dout, q, k, v, out))
+    elif backend == "cudnn":
+        seeds = [torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2)]
+        by_head = [_shared(x, q).transpose(1, 2) for x in (dout, q, k, v, out)]
+        lse = lse.contiguous().unsqueeze(-1)
+        with _repeatable():
             grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-                *by_head, lse.contiguous().unsqueeze(-1), *seeds, None, None, None, T, K, 0.0, causal, scale=scale
+                *by_head, lse, *seeds, None, None, None, T, K, 0.0, causal, scale=scale
             )
-            dq, dk, dv = (x.transpose(1, 2) for x in grads)
-        else:
-            # Its backward lays the window top-left, so missing rows go in front; lse = inf gives them no weight.
-            above = K - T if window is not None else 0
-            dout, q, out = (F.pad(x, (0, 0, 0, 0, above, 0)) if above else x for x in (dout, q, out))
-            lse = F.pad(lse, (above, -(above + T) % _LSE_ROWS), value=float("inf")).contiguous()
-            zero = torch.zeros((), dtype=torch.int64, device=q.device)
-            dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
-                dout.contiguous(), q, _shared(_per_head(k, q), q), _shared(_per_head(v, q), q), None, out.contiguous(),
-                None, None, above + T, K, lse, 0.0, zero, zero, _BOTTOM_RIGHT if causal else 0, False,
-                scale=scale, window_size=window,
-            )  # fmt: skip
-            dq = dq[:, above:]
-            if G != H:
-                dk, dv = (x.unflatten(2, (G, H // G)).sum(3, dtype=torch.float32) for x in (dk, dv))
+        dq, dk, dv = (x.transpose(1, 2) for x in grads)
+    else:
+        # Its backward lays the window top-left, so missing rows go in front; lse = inf gives them no weight.
+        above = K - T if window is not None else 0
+        dout, q, out = (F.pad(x, (0, 0, 0, 0, above, 0)) if above else x for x in (dout, q, out))
+        lse = F.pad(lse, (above, -(above + T) % _LSE_ROWS), value=float("inf")).contiguous()
+        zero = torch.zeros((), dtype=torch.int64, device=q.device)
+        # One split of the keys: more add dQ in any order.
+        dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+            dout.contiguous(), q, _shared(_per_head(k, q), q), _shared(_per_head(v, q), q), None, out.contiguous(),
+            None, None, above + T, K, lse, 0.0, zero, zero, _BOTTOM_RIGHT if causal else 0, False,
+            scale=scale, num_splits_key=1, window_size=window,
+        )  # fmt: skip
+        dq = dq[:, above:]
+        if G != H:
+            dk, dv = (x.unflatten(2, (G, H // G)).sum(3, dtype=torch.float32) for x in (dk, dv))
     return dq[..., :Dk], dk[..., :Dk], dv[..., :Dv]
 
 
@@ -161,15 +166,48 @@ def _per_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return x if x.shape[2] == q.shape[2] else x.repeat_interleave(q.shape[2] // x.shape[2], 2)
 
 
+_filling: Any = torch.utils.deterministic
+
+
+def _mode() -> tuple[int, bool]:
+    """torch's deterministic mode, and whether it fills what it allocates."""
+    return torch.get_deterministic_debug_mode(), _filling.fill_uninitialized_memory
+
+
+def _set_mode(mode: int, fill: bool) -> None:
+    torch.set_deterministic_debug_mode(mode)
+    _filling.fill_uninitialized_memory = fill
+
+
+_ERROR = 2
+_ours = (_ERROR, False)  # without filling: it would cost a pass over every result
+_lock = threading.Lock()
+_inside = 0
+_users: tuple[int, bool] | None = None  # the mode to go back to, while it is ours
+
+
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Deterministic backward passes: by default these operators add dQ atomically."""
-    memory: Any = torch.utils.deterministic
-    mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("error")
-    memory.fill_uninitialized_memory = False
+    """FA-2 and cuDNN add dQ in order inside, where equal calls give equal bits; by default they add it atomically.
+
+    Both ask torch's process-wide mode when they are called: they have no argument for it, torch keeps no such mode by
+    thread, and its mode "warn" leaves FA-2 as it was. So other threads see the mode while one of these calls is being
+    launched, no longer. The first one in changes it and the last one out takes it back, so that no call loses it under
+    way and none takes another's for the user's. A mode that is set meanwhile by someone else stays, but for "error"
+    without filling, which looks like ours. Where "error" is the user's mode, nothing is touched.
+    """
+    global _inside, _users
+    with _lock:
+        if not _inside and _mode()[0] != _ERROR:
+            _users = _mode()
+            _set_mode(*_ours)
+        _inside += 1
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(mode)
-        memory.fill_uninitialized_memory = fill
+        with _lock:
+            _inside -= 1
+            if not _inside and _users is not None:
+                if _mode() == _ours:
+                    _set_mode(*_users)
+                _users = None
