@@ -5,10 +5,11 @@ blocks of one another, so that hardly a tile of keys is masked, and no row is la
 walk keys. dk and dv own keys and walk rows; there are few keys and many rows, so the rows are cut into pieces, whose
 shares are summed in fp32, in order. Nothing is added by atomics, so equal runs are equal bit for bit.
 
-The backward is two passes, not one that also leaves a share of dq for each tile of keys. At C = 255 (S = 4,096, D 64,
-four tiles, of which a row sees two and a half) those shares in bf16 are 2.5 x dq written and read back, where the second
-pass reads q and dout once more: 4 x dq's bytes more for 2 of 7 products less, about as long either way. With every
-further tile of keys one pass loses, and its dq is rounded once a tile.
+The backward is two passes, not one that also leaves a share of dq for each tile of keys. At C = 255 (S = 4,096, D 64:
+four tiles, of which a row sees 2.5) those shares in bf16 are 2.5 times dq written and read back, and a kernel more to
+sum them; a pass of its own for dq reads q and dout once more instead. So one pass is 3 times dq's bytes (at B = 8, 12
+heads: 150 MB, 35 us of an H200) to save 2 of 7 products (13 GFLOP, 30 us): nothing. With every further tile of keys it
+loses, and its dq is rounded once a tile.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def _backward_dq(
     lengths: torch.Tensor | None, dq: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Write dq; the rows' lse, delta and gate, as `_backward_dkv` reads them."""
-    B, T, H, _ = q.shape
+    B, T = q.shape[:2]
     sizes = _tiles("dq", job, capability(q), T)
     packed = lse.new_empty(2 if gate is None else 3, lse.numel())
     device.backward_dq[(triton.cdiv(T * job.R, sizes["ROWS"]) * B * place[3],)](

@@ -57,12 +57,12 @@ def forward(
     x = x0 + tl.arange(0, ROWS)
     i = (x // R).to(tl.int64)
     head = g * R + x % R
-    seen = _seen(first + x // R, C, L, STEP)
+    seen = tl.where(x < T * R, _seen(first + x // R, C, L, STEP), 0)
     least = _seen(first + x0 // R, C, L, STEP)
     most = _seen(first + tl.minimum(x0 + ROWS - 1, T * R - 1) // R, C, L, STEP)
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
     at = Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :]
-    q = load_rows(at, (x < T * R) & (seen > 0), dk, DK)
+    q = load_rows(at, seen > 0, dk, DK)
     inside = tl.arange(0, KEYS)
     keys = K + b * sk_b + g * sk_g + inside.to(tl.int64)[:, None] * sk_c + dk[None, :]
     values = V + b * sv_b + g * sv_g + inside.to(tl.int64)[:, None] * sv_c + dv[None, :]
@@ -103,7 +103,7 @@ def forward(
     tl.store(Lse + place, lse, mask=x < T * R)
     if COUNT:
         # The heads of a query are handed the same blocks.
-        read = tl.where((x < T * R) & (x % R == 0), count, 0)
+        read = tl.where(x % R == 0, count, 0)
         tl.atomic_add(Reads + bg, tl.sum(read, 0).to(tl.int64))
 
 
@@ -128,10 +128,10 @@ def backward_dq(
     x = x0 + tl.arange(0, ROWS)
     i = (x // R).to(tl.int64)
     head = g * R + x % R
-    seen = _seen(first + x // R, C, L, STEP)
+    seen = tl.where(x < T * R, _seen(first + x // R, C, L, STEP), 0)
     least = _seen(first + x0 // R, C, L, STEP)
     most = _seen(first + tl.minimum(x0 + ROWS - 1, T * R - 1) // R, C, L, STEP)
-    ok = (x < T * R) & (seen > 0)
+    ok = seen > 0
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
     q = load_rows(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :], ok, dk, DK)
     do = load_rows(Dout + b * sd_b + i[:, None] * sd_t + head[:, None] * sd_h + dv[None, :], ok, dv, DV)
