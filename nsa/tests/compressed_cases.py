@@ -91,8 +91,8 @@ def wanted(given: Case, cfg: NSAConfig, lengths: list[int]) -> tuple[torch.Tenso
         at, C = slice(max(0, q.shape[1] - S), None), n_compressed(S, cfg)
         if not S:
             continue
-        leaves = [x[b : b + 1].clone().requires_grad_() for x in (q[:, at], k[:, :C], v[:, :C])]
-        row_out, row_lse = compressed_attention_reference(*leaves, cfg, seq_len=S)
+        leaves = tuple(x[b : b + 1].clone().requires_grad_() for x in (q[:, at], k[:, :C], v[:, :C]))
+        row_out, row_lse = compressed_attention_reference(leaves[0], leaves[1], leaves[2], cfg, seq_len=S)
         upstream = (dout * gate.unsqueeze(-1))[b : b + 1, at]
         grads = torch.autograd.grad(row_out, leaves, upstream)
         out[b, at], lse[b, at], dq[b, at] = row_out[0].detach(), row_lse[0], grads[0][0]
