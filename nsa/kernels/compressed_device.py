@@ -237,9 +237,8 @@ def backward_dkv(
         grad_k += tl.dot(ds.to(q.dtype), q, input_precision=IP)
     grad_k *= scale
     if WHOLE:
+        # No row sees a key that is not held: its gradients are 0.
         to = (b * most + at) * G + g
-        grad_k = tl.where(held[:, None], grad_k, 0.0)
-        grad_v = tl.where(held[:, None], grad_v, 0.0)
         kept = (block < most)[:, None]
         tl.store(Dk + to * DK + dk[None, :], grad_k.to(Dk.dtype.element_ty), mask=kept & (dk[None, :] < DK))
         tl.store(Dv + to * DV + dv[None, :], grad_v.to(Dv.dtype.element_ty), mask=kept & (dv[None, :] < DV))
@@ -267,11 +266,13 @@ def sum_pieces(
     since = _first_seeing(block // KEYS * KEYS, end - T, L, STEP) * R // ROWS // piece
     apart = pairs.to(tl.int64) * (tiles * KEYS * (DK + DV))
     at = Parts + bg.to(tl.int64) * (tiles * KEYS * (DK + DV)) + e
-    total = tl.zeros([SPAN], tl.float32)
+    # Summed over the pieces after the loop: Triton 3.0 dies of a sum within whose result is used twice.
+    shares = tl.zeros([TOGETHER, SPAN], tl.float32)
     for n in range(0, tl.cdiv(pieces, TOGETHER)):
         part = n * TOGETHER + tl.arange(0, TOGETHER)
         there = (part < pieces)[:, None] & held[None, :] & (part[:, None] >= since[None, :])
-        total += tl.sum(tl.load(at[None, :] + part.to(tl.int64)[:, None] * apart, mask=there, other=0.0), 0)
+        shares += tl.load(at[None, :] + part.to(tl.int64)[:, None] * apart, mask=there, other=0.0)
+    total = tl.sum(shares, 0)
     to = (b * most + block) * G + g
     kept = block < most
     tl.store(Dk + to * DK + d, total.to(Dk.dtype.element_ty), mask=kept & (d < DK))

@@ -201,19 +201,20 @@ def test_no_key_is_read_past_the_end(interpreted):
     assert finite
 
 
-def _surplus():
-    """dk and dv of compressed keys that a whole row has no block for, which are NaN."""
+def _surplus(programs):
+    """dk and dv of compressed keys that a whole row has no block for, which are NaN; in so many programs or more."""
     given = cases.case((2, 85, 85, 2, 3, 16, 16), SMALL, FP32, True, "cpu")
     wide = [torch.cat([x, torch.full_like(x[:, :25], torch.nan)], 1) for x in (given.k, given.v)]
-    with cases.settings(**TINY):
+    with cases.settings(**{**TINY, "_PROGRAMS": programs}):
         _, dq, dk, dv, _, _ = cases.run(given._replace(k=wide[0], v=wide[1]), SMALL, 85, None, _bounds_checked)
         _, dq_want, dk_want, dv_want, _, _ = cases.run(given, SMALL, 85)
     fine = torch.equal(dq, dq_want) and torch.equal(dk[:, :20], dk_want) and torch.equal(dv[:, :20], dv_want)
     return fine, float(dk[:, 20:].abs().sum() + dv[:, 20:].abs().sum())
 
 
-def test_keys_past_the_last_block_take_no_part(interpreted):
-    assert interpreted(_surplus) == (True, 0.0)
+@pytest.mark.parametrize("programs", [1, 100])
+def test_keys_past_the_last_block_take_no_part(interpreted, programs):
+    assert interpreted(_surplus, programs) == (True, 0.0)
 
 
 def _repeated():
