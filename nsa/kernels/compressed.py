@@ -142,7 +142,8 @@ def backward(
     *, lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; 0 for queries that see no block and for keys
-    that none sees. With gate [B,T,H] the gradient is dout * gate, and delta [B,T,H] is taken as given: fp32 both."""
+    that none sees. With gate [B,T,H], not below 0, the gradient is dout * gate, and delta [B,T,H] is taken as given:
+    contiguous fp32 both; out is not read then."""
     if not q.numel():
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     scale, DK, DV = q.shape[3] ** -0.5, q.shape[3], v.shape[3]
@@ -153,7 +154,7 @@ def backward(
     with on_device(q):
         job, place = _job(q, k, v, p, lengths), (S, q.shape[1], _readable(k, p, S, lengths), k.shape[2])
         packed = _backward_dq(job, place, scale, dout, q, k, v, out, lse.contiguous(), gate, delta, lengths, dq)
-        _backward_dkv(job, place, scale, dout, q, k, v, packed, gate is not None, lengths, dk, dv)
+        _backward_dkv(job, place, scale, dout, q, k, v, packed, lengths, dk, dv)
     if (DK, DV) == (q.shape[3], v.shape[3]):
         return dq, dk, dv
     return dq[..., :DK].contiguous(), dk[..., :DK].contiguous(), dv[..., :DV].contiguous()
@@ -164,10 +165,10 @@ def _backward_dq(
     v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, gate: torch.Tensor | None, delta: torch.Tensor | None,
     lengths: torch.Tensor | None, dq: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Write dq; the rows' lse, delta and gate, as `_backward_dkv` reads them."""
+    """Write dq; the rows' lse and delta, gated, as `_backward_dkv` reads them."""
     B, T = q.shape[:2]
     sizes = _tiles("dq", job, capability(q), T)
-    packed = lse.new_empty(2 if gate is None else 3, lse.numel())
+    packed = lse.new_empty(2, lse.numel())
     device.backward_dq[(triton.cdiv(T * job.R, sizes["ROWS"]) * B * place[3],)](
         q, k, v, dout, out, lse, lse if gate is None else gate, lse if delta is None else delta,
         lse if lengths is None else lengths, packed, dq, *strides(q), *strides(k), *strides(v), *strides(dout),
@@ -178,8 +179,7 @@ def _backward_dq(
 
 def _backward_dkv(
     job: _Job, place: tuple[int, int, int, int], scale: float, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-    v: torch.Tensor, packed: torch.Tensor, gated: bool, lengths: torch.Tensor | None, dk: torch.Tensor,
-    dv: torch.Tensor,
+    v: torch.Tensor, packed: torch.Tensor, lengths: torch.Tensor | None, dk: torch.Tensor, dv: torch.Tensor,
 ) -> None:  # fmt: skip
     """Write dk and dv."""
     _, T, readable, G = place
@@ -195,7 +195,7 @@ def _backward_dkv(
         parts = (packed.new_empty(pieces, floats),) * 2
     device.backward_dkv[(tiles * pairs * pieces,)](
         q, k, v, dout, packed, packed if lengths is None else lengths, *parts, *strides(q), *strides(k), *strides(v),
-        *strides(dout), scale, *place, most, tiles, packed.shape[1], piece, GATED=gated, WHOLE=whole, **sizes,
+        *strides(dout), scale, *place, most, tiles, packed.shape[1], piece, WHOLE=whole, **sizes,
     )  # fmt: skip
     if not whole:
         device.sum_pieces[(triton.cdiv(most * width, _SUM["SPAN"]) * pairs,)](

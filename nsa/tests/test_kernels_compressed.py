@@ -262,3 +262,21 @@ def test_what_cannot_run_is_refused_with_its_reason(interpreted):
     assert "float64" in double[0]
     assert len(wide) == 1
     assert "192" in wide[0]
+
+
+def _shut():
+    """Gradients under gates of 0, 1e-38 and 1, less those of the specification; rows of the first two by themselves."""
+    given = cases.case((1, 60, 85, 1, 3, 16, 16), SMALL, FP32, True, "cpu")
+    gate = torch.ones_like(given.gate)
+    gate[:, :20], gate[:, 20:40] = 0.0, 1e-38
+    given = given._replace(gate=gate)
+    with cases.settings(**TINY):
+        _, dq, dk, dv, _, _ = cases.run(given, SMALL, 85)
+    _, *want, _ = cases.wanted(given, SMALL, [85])
+    return [float((a - b).norm() / b.norm()) for a, b in zip((dq, dk, dv), want, strict=True)], bool(dq[:, :40].any())
+
+
+def test_a_gate_that_is_shut_leaves_no_gradient_and_no_nan(interpreted):
+    errors, left = interpreted(_shut)
+    assert max(errors) < 1e-6
+    assert not left

@@ -121,7 +121,7 @@ def test_equal_runs_are_equal_bit_for_bit(needs, launched):
 
 
 def test_the_workspace_is_bounded(needs):
-    """Beyond the results: the pieces of dk and dv, and three numbers a row."""
+    """Beyond the results: the pieces of dk and dv, and two numbers a row."""
     needs("compressed", "triton")
     from nsa.kernels import compressed
 
@@ -136,7 +136,7 @@ def test_the_workspace_is_bounded(needs):
             before = torch.cuda.memory_allocated()
             grads = compressed.backward(dout, q, k, v, None, out, lse, cfg.pattern, S, "triton", gate, gate)
             results = sum(x.numel() * x.element_size() for x in grads)
-            assert torch.cuda.max_memory_allocated() - before <= results + most + 3 * 4 * lse.numel() + (1 << 20)
+            assert torch.cuda.max_memory_allocated() - before <= results + most + 2 * 4 * lse.numel() + (1 << 20)
             del grads
 
 
