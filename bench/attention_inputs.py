@@ -1,4 +1,4 @@
-"""Inputs that a sparse attention may like or dislike: q [1,S,H,D], k and v [1,S,G,D] by kind, and what was chosen.
+"""Inputs that a sparse attention may like or dislike: q [B,S,H,D], k and v [B,S,G,D] by kind, and what was chosen.
 
 random   normal deviates: choices near uniform, the easiest balance and the hardest locality
 local    q and k drift with the position, so that neighbouring queries agree on their blocks
@@ -50,21 +50,30 @@ Normal = Callable[[int, int], torch.Tensor]
 
 
 def make(
-    kind: str, S: int, layout: Layout, cfg: NSAConfig, device: torch.device, dtype: torch.dtype, seed: int = 0
+    kind: str, S: int, layout: Layout, cfg: NSAConfig, device: torch.device, dtype: torch.dtype, batch: int = 1
 ) -> QKV:
-    """Inputs of a kind, or the first S rows of a file; InputsError where the file has fewer."""
+    """Inputs of a kind, or the first S rows of a file; InputsError where the file has fewer. Batch rows are equal but
+    for `random`'s."""
     if kind.endswith(".pt"):
         loaded = load(Path(kind))
         if loaded.q.shape[1] < S:
             raise InputsError(f"{kind} holds {loaded.q.shape[1]} positions")
-        return QKV(*(x[:, :S].to(device, dtype).contiguous() for x in loaded))
-    generator = torch.Generator(device).manual_seed(seed)
+        return QKV(*(x[:, :S].to(device, dtype).repeat(batch, 1, 1, 1) for x in loaded))
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, heads: int) -> torch.Tensor:
-        return torch.randn(1, rows, heads, layout.dim, device=device, dtype=torch.float32, generator=generator)
+        return torch.randn(
+            batch if kind == "random" else 1,
+            rows,
+            heads,
+            layout.dim,
+            device=device,
+            dtype=torch.float32,
+            generator=generator,
+        )
 
     q, k, v = KINDS[kind](normal, S, layout, cfg)
-    return QKV(*(x.to(dtype).contiguous() for x in (q, k, v)))
+    return QKV(*(x.to(dtype).repeat(batch // len(x), 1, 1, 1) for x in (q, k, v)))
 
 
 def _random(normal: Normal, S: int, layout: Layout, cfg: NSAConfig) -> QKV:
@@ -128,7 +137,7 @@ def layout_of(inputs: QKV) -> Layout:
 
 
 class Choices(NamedTuple):
-    """What blocks [1,S,G,N] say of the inputs, forced blocks left out.
+    """What the first row of blocks [B,S,G,N] says of the inputs, forced blocks left out.
 
     agreement: the share of a query's blocks that the query before it chose too. heaviest: the share of queries that
     chose the block chosen most often.
@@ -139,6 +148,7 @@ class Choices(NamedTuple):
 
 
 def choices(blocks: torch.Tensor, cfg: NSAConfig) -> Choices:
+    blocks = blocks[:1]
     S, G = blocks.shape[1:3]
     own = (torch.arange(S, device=blocks.device) // cfg.l_sel)[None, :, None, None]
     free = (blocks >= cfg.init_blocks) & (blocks <= own - cfg.local_blocks)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.attention_inputs import QKV
 from nsa import routing
 from nsa.config import NSAConfig
+from nsa.ops.attention import sparse_attention
 from nsa.ops.combine import combine
 from nsa.ops.compress import MeanPhi, compress
 from nsa.ops.compressed import compressed_attention
@@ -23,7 +24,7 @@ from nsa.ops.window import sliding_window_attention
 
 NSA_PARTS = ("phi", "cmp", "choice", "sel", "win", "combine")
 _NO_GROUPS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 5)
-WHOLE = "attention"
+CORE, WHOLE = "core", "attention"
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 DENSE = (*SDPA, "fa3")
 
@@ -78,15 +79,19 @@ class Sparse:
     def combine(self, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return combine(cmp, sel, win, logits, self.cfg, backend=self.backends.get("combine"))
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """What a layer does between its projections, the rotation left out: q, k, v and gate logits -> [1,S,H,D]."""
-        k_cmp, v_cmp = self.compress(k, v)
-        cmp, lse = self.cmp(q, k_cmp, v_cmp)
-        sel = self.sel(q, k, v, self.choose(q, k_cmp, lse))
-        return self.combine(cmp, sel, self.win(q, k, v), logits)
+    def core(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """The one operator of a layer: q, k_cmp, v_cmp, k and v of sel and of win, gate logits -> [B,S,H,D]."""
+        q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, logits = tensors
+        pairs = (k_cmp, v_cmp), (k_sel, v_sel), (k_win, v_win)
+        return sparse_attention(q, *pairs, logits, self.cfg, seq_len=self.S)
+
+    def attention(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """What a layer does between its projections, the rotation left out: phi, and the core."""
+        q, k_raw, v_raw, *rest = tensors
+        return self.core(q, *self.compress(k_raw, v_raw), *rest)
 
     def part(self, name: str) -> Part:
-        """One of NSA_PARTS, or the whole."""
+        """One of NSA_PARTS, the core, or the whole."""
         q, k, v = self.inputs
         if name == "phi":
             return Part(name, self.compress, leaves(k, v))
@@ -101,7 +106,9 @@ class Sparse:
             return Part(name, self.win, leaves(q, k, v))
         if name == "combine":
             return Part(name, self.combine, leaves(*(torch.randn_like(q) for _ in range(3)), self.logits))
-        return Part(WHOLE, self.attention, leaves(q, k, v, self.logits))
+        if name == CORE:
+            return Part(name, self.core, leaves(q, self.k_cmp, self.v_cmp, k, v, k, v, self.logits))
+        return Part(WHOLE, self.attention, leaves(q, k, v, k, v, k, v, self.logits))
 
 
 def leaves(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -23,11 +23,15 @@ class Median(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Of one part. None: no gradient (bwd), not asked for (step), not known on a CPU (memory, clocks)."""
+    """Of one part. None: no gradient (bwd), not asked for (step, operations), not known on a CPU (memory, clocks).
+
+    operations: what the device did, forward and backward, memory copies and sets included.
+    """
 
     fwd: Median
     bwd: Median | None
     step: Median | None
+    operations: tuple[int, int] | None
     peak_mib: float | None
     clocks: measure.Clocks | None
 
@@ -61,6 +65,11 @@ class Timer:
         times += self._times(step, max(_LEAST_REPEATS, min(self.repeats, affordable)) - 1)
         return Median(statistics.median(times), len(times))
 
+    def _operations(self, part: Part, grads: tuple[torch.Tensor, ...]) -> tuple[int, int]:
+        held: list[tuple[torch.Tensor, ...]] = []
+        forward = device_operations(lambda: held.append(_tuple(part.run(*part.leaves))))
+        return forward, device_operations(lambda: torch.autograd.grad(held[0], part.leaves, grads))
+
     def _times(self, step: Callable[[], object], n: int) -> list[float]:
         if self._flush is None:
             return [measure.time_ms(step, self.device) for _ in range(n)]
@@ -75,7 +84,7 @@ class Timer:
         return [start.elapsed_time(end) for start, end in pairs]
 
     def part(self, part: Part, *, whole_step: bool) -> Timing:
-        """Forward without a graph, backward alone, and with whole_step both in one timed call.
+        """Forward without a graph, backward alone, and with whole_step both in one timed call, and counted.
 
         peak_mib counts what the part's inputs, results, gradients and workspace hold at once, over all of these.
         """
@@ -85,7 +94,7 @@ class Timer:
             torch.cuda.reset_peak_memory_stats(self.device)
         with torch.no_grad():
             fwd = self.median(lambda: part.run(*part.leaves))
-        bwd = step = None
+        bwd = step = operations = None
         if part.leaves:
             outs = _tuple(part.run(*part.leaves))
             grads = tuple(torch.randn_like(out) for out in outs)
@@ -93,8 +102,18 @@ class Timer:
             del outs
             if whole_step:
                 step = self.median(lambda: torch.autograd.grad(_tuple(part.run(*part.leaves)), part.leaves, grads))
+                operations = self._operations(part, grads) if cuda else None
         peak = (measure.peak_memory(self.device) - held) / 2**20 if cuda else None
-        return Timing(fwd, bwd, step, peak, self.clocks)
+        return Timing(fwd, bwd, step, operations, peak, self.clocks)
+
+
+def device_operations(step: Callable[[], object]) -> int:
+    """Kernels, copies and sets that a call gives the GPU, as torch's profiler counts them."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or [])
 
 
 def ceilings(device: torch.device) -> Ceilings:

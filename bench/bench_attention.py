@@ -34,7 +34,7 @@ from nsa import cli, measure, routing
 from nsa.config import NSAConfig
 from nsa.records import AttentionRow, CsvLog, table
 
-PARTS = (*(f"dense-{name}" for name in parts.DENSE), *parts.NSA_PARTS, parts.WHOLE)
+PARTS = (*(f"dense-{name}" for name in parts.DENSE), *parts.NSA_PARTS, parts.CORE, parts.WHOLE)
 DTYPES = ("bfloat16", "float16", "float32")
 # A card's sweep; elsewhere sizes that a test can wait for.
 ON_GPU = {"S": [4096, 8192, 16384, 32768, 65536, 131072], "layouts": [(64, 4, 128), (32, 8, 128), (12, 2, 64)]}
@@ -80,6 +80,7 @@ def parse(device: torch.device) -> tuple[argparse.Namespace, CsvLog | None]:
     default = ON_GPU if device.type == "cuda" else ON_CPU
     parser = cli.Parser(prog="bench_attention", description="Time NSA's parts beside dense attention.")
     flag = parser.add_argument
+    flag("--B", type=cli.at_least_one, default=1, help="batch rows (%(default)s)")
     flag("--S", type=length, nargs="+", default=default["S"], help="positions (%(default)s)")
     layouts = [Layout(*one) for one in default["layouts"]]
     said = f"heads, groups, head dim ({' '.join(','.join(map(str, one)) for one in layouts)})"
@@ -176,7 +177,7 @@ class Sweep:
 
             def make(name: str = name, inputs: list[kinds.QKV] = inputs) -> None:
                 torch.manual_seed(0)
-                inputs.append(kinds.make(name, group.S, group.layout, self.cfg, self.device, self.dtype))
+                inputs.append(kinds.make(name, group.S, group.layout, self.cfg, self.device, self.dtype, self.args.B))
 
             if status := self.attempt(make):
                 for part in todo:
@@ -219,7 +220,7 @@ class Sweep:
     def part(self, row: AttentionRow, dense: dict[str, AttentionRow], build: Callable[[], parts.Part]) -> AttentionRow:
         """Time one part and record its row."""
         before, timings = dict(routing.launches), list[Timing]()
-        whole = row.part == parts.WHOLE
+        whole = row.part in (parts.CORE, parts.WHOLE) or row.part.startswith("dense-")
         if self.deadline.over:
             status = f"not run: {self.deadline.minutes:g} minutes were over"
         else:
@@ -274,7 +275,15 @@ class Sweep:
     def blank(self, group: Group, inputs: str) -> AttentionRow:
         """A row with what is known before anything is timed."""
         known: dict[str, Any] = dict.fromkeys(AttentionRow.__dataclass_fields__)
-        known |= {"part": "", "backend": "", "launches": "", "status": "", "S": group.S, "inputs": inputs}
+        known |= {
+            "part": "",
+            "backend": "",
+            "launches": "",
+            "status": "",
+            "B": self.args.B,
+            "S": group.S,
+            "inputs": inputs,
+        }
         known |= group.layout._asdict() | self.ceilings._asdict() | setting(self.args, self.device)
         return AttentionRow(**known)
 
@@ -295,6 +304,8 @@ def with_timing(row: AttentionRow, timing: Timing) -> AttentionRow:
         fwd_ms=timing.fwd.ms,
         bwd_ms=bwd.ms if bwd else None,
         step_ms=step.ms if step else None,
+        fwd_ops=timing.operations[0] if timing.operations else None,
+        bwd_ops=timing.operations[1] if timing.operations else None,
         peak_mib=timing.peak_mib,
         fwd_repeats=timing.fwd.repeats,
         bwd_repeats=bwd.repeats if bwd else None,
@@ -354,10 +365,26 @@ def _ratio(row: AttentionRow | None, name: str) -> str:
 
 
 def figures(sweep: Sweep, after: Ceilings) -> dict[str, Any]:
-    """The line of JSON: where and how, and the whole attention's rows; the CSV has the parts."""
-    kept = ("heads", "groups", "dim", "S", "inputs", "backend", "fwd_ms", "bwd_ms", "step_ms", "peak_mib", "status")
+    """The line of JSON: where and how, and the rows of dense attention, core and whole; the CSV has the parts."""
+    kept = (
+        "heads",
+        "groups",
+        "dim",
+        "B",
+        "S",
+        "part",
+        "inputs",
+        "backend",
+        "fwd_ms",
+        "bwd_ms",
+        "step_ms",
+        "fwd_ops",
+        "bwd_ops",
+        "peak_mib",
+        "status",
+    )
     ratios = tuple(name for name in AttentionRow.__dataclass_fields__ if "_vs_" in name)
-    whole = [row for row in sweep.rows if row.part == parts.WHOLE]
+    whole = [row for row in sweep.rows if row.step_ms is not None]
     return {
         "bench": "attention",
         **setting(sweep.args, sweep.device),

@@ -69,14 +69,14 @@ class Dense:
         sizes["o"] = (H * cfg.d_v, cfg.dim)
         self.project = torch.nn.ModuleDict({name: torch.nn.Linear(*size, bias=False) for name, size in sizes.items()})
         self.project.to(device, dtype)
-        self.rope = Rope.of(cfg, 0, max_len, device, dtype)
+        self.device, self.dtype = device, dtype
         self.k = torch.randn(batch, G, max_len, cfg.d_k, device=device, dtype=dtype)
         self.v = torch.randn(batch, G, max_len, cfg.d_v, device=device, dtype=dtype)
 
     def step(self, x: torch.Tensor, S: int) -> torch.Tensor:
         """x [B,1,dim], the token at position S-1 -> [B,1,dim]."""
         cfg, p = self.cfg, self.project
-        rope = self.rope.part(S - 1, 1)
+        rope = Rope.of(cfg, S - 1, 1, self.device, self.dtype)
         q = rope.tokens(p["q"](x).unflatten(-1, (cfg.n_heads, cfg.d_k)))
         k = rope.tokens(p["k"](x).unflatten(-1, (cfg.n_kv_groups, cfg.d_k)))
         self.k[:, :, S - 1], self.v[:, :, S - 1] = k[:, 0], p["v"](x).unflatten(-1, (cfg.n_kv_groups, cfg.d_v))[:, 0]

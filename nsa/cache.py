@@ -11,9 +11,6 @@ from nsa.blocks import Reads, n_compressed
 from nsa.config import ModelConfig
 from nsa.rope import Rope
 
-# Positions of a table of rotations: making one costs as much as a step of one layer.
-_ROPE_TABLE = 256
-
 
 class BranchKV:
     """Keys [B, rows, G, Dk] and values [B, rows, G, Dv] of one branch, every row kept."""
@@ -60,17 +57,10 @@ class RecentKV:
 
 
 class LayerCache:
-    """One layer's state after `length` positions: compressed keys, all selected keys, the last window, the raw tail."""
+    """What every layer's state has: `length` positions of at most `max_len`."""
 
-    def __init__(
-        self, cfg: ModelConfig, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, cfg: ModelConfig, max_len: int) -> None:
         self.cfg, self.max_len, self.length = cfg, max_len, 0
-        self.cmp = BranchKV(batch, n_compressed(max_len, cfg.nsa), cfg, device, dtype)
-        self.sel = BranchKV(batch, max_len, cfg, device, dtype)
-        self.win = RecentKV(batch, cfg.nsa.w - 1, cfg, device, dtype)
-        self.tail = RecentKV(batch, cfg.nsa.l - 1, cfg, device, dtype)
-        self.reads = torch.zeros(3, batch, cfg.n_kv_groups, dtype=torch.int64, device=device)  # cmp, sel, win
 
     def check_room(self, T: int) -> None:
         """ValueError if T more positions do not fit."""
@@ -81,14 +71,42 @@ class LayerCache:
             )
 
     def rewind(self, n: int) -> None:
-        """Forget the last n positions. ValueError if older rows of the window have already been let go."""
+        """Forget the last n positions."""
         if not 0 <= n <= self.length:
             raise ValueError(f"cannot rewind {n} of {self.length} positions")
-        if not (self.win.can_drop(n, self.length) and self.tail.can_drop(n, self.length)):
+        self.length -= n
+
+
+class SparseCache(LayerCache):
+    """An NSA layer's: compressed keys, all selected keys, the last window, the raw tail."""
+
+    def __init__(
+        self, cfg: ModelConfig, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        super().__init__(cfg, max_len)
+        self.cmp = BranchKV(batch, n_compressed(max_len, cfg.nsa), cfg, device, dtype)
+        self.sel = BranchKV(batch, max_len, cfg, device, dtype)
+        self.win = RecentKV(batch, cfg.nsa.w - 1, cfg, device, dtype)
+        self.tail = RecentKV(batch, cfg.nsa.l - 1, cfg, device, dtype)
+        self.reads = torch.zeros(3, batch, cfg.n_kv_groups, dtype=torch.int64, device=device)  # cmp, sel, win
+
+    def rewind(self, n: int) -> None:
+        """Forget the last n positions. ValueError if older rows of the window have already been let go."""
+        if 0 <= n <= self.length and not (self.win.can_drop(n, self.length) and self.tail.can_drop(n, self.length)):
             raise ValueError(f"cannot rewind {n} positions: the window rows before them are gone; prefill again")
+        super().rewind(n)
         self.win.end -= n
         self.tail.end -= n
-        self.length -= n
+
+
+class DenseCache(LayerCache):
+    """A dense layer's: keys and values of every position."""
+
+    def __init__(
+        self, cfg: ModelConfig, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        super().__init__(cfg, max_len)
+        self.kv = BranchKV(batch, max_len, cfg, device, dtype)
 
 
 class KVCache:
@@ -101,8 +119,8 @@ class KVCache:
         self, cfg: ModelConfig, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype
     ) -> None:
         self.cfg, self.batch = cfg, batch
-        self.layers = [LayerCache(cfg, batch, max_len, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
-        self._table: Rope | None = None
+        kind = SparseCache if cfg.attention == "nsa" else DenseCache
+        self.layers = [kind(cfg, batch, max_len, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
 
     @property
     def length(self) -> int:
@@ -117,14 +135,8 @@ class KVCache:
             raise ValueError("cache was built for another ModelConfig than the model's; build it with model.cfg")
 
     def rope(self, T: int, x: torch.Tensor) -> Rope:
-        """The rotation of the next T positions, for inputs like x; of a few, out of a table that lasts many calls."""
-        start = self.length
-        if T >= _ROPE_TABLE:
-            return Rope.of(self.cfg, start, T, x.device, x.dtype)
-        if self._table is None or not self._table.covers(start, T, x):
-            with torch.inference_mode(False):  # it may outlive the mode that this call runs in
-                self._table = Rope.of(self.cfg, start, _ROPE_TABLE, x.device, x.dtype)
-        return self._table.part(start, T)
+        """The rotation of the next T positions, for inputs like x."""
+        return Rope.of(self.cfg, self.length, T, x.device, x.dtype)
 
     def rewind(self, n: int) -> None:
         """Forget the last n positions of every layer."""
@@ -134,14 +146,21 @@ class KVCache:
     def reads(self) -> Reads:
         """Tokens read so far, as counted where they were loaded: mean over layers, batch rows and KV groups.
 
-        They all read the same number, so the mean is whole; RuntimeError says so if it ever is not.
+        They all read the same number, so the mean is whole; RuntimeError says so if it ever is not. ValueError for a
+        dense model, whose layers count nothing.
         """
-        counts = torch.stack([layer.reads for layer in self.layers])  # [L,3,B,G]
+        counts = torch.stack([layer.reads for layer in self._sparse()])  # [L,3,B,G]
         if not bool((counts == counts[:1, :, :1, :1]).all()):
-            raise RuntimeError("layers, rows or groups read different numbers of tokens; see LayerCache.reads")
+            raise RuntimeError("layers, rows or groups read different numbers of tokens; see SparseCache.reads")
         return Reads(*counts[0, :, 0, 0].tolist())
 
     def reset_reads(self) -> None:
         """Start counting anew."""
-        for layer in self.layers:
+        for layer in self._sparse():
             layer.reads.zero_()
+
+    def _sparse(self) -> list[SparseCache]:
+        found = [layer for layer in self.layers if isinstance(layer, SparseCache)]
+        if not found:
+            raise ValueError("reads are those of NSA's branches; a dense step at S positions reads all S of them")
+        return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from nsa.blocks import Pattern
 
 PHIS = ("avg", "linear", "mlp")
 GATES = ("sigmoid", "softmax")
+ATTENTIONS = ("nsa", "dense")
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class NSAConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer whose attention is NSA. Raises ValueError naming what does not fit.
+    """A decoder-only transformer. Raises ValueError naming what does not fit.
 
+    attention is NSA, or dense: the twin to compare it with, the same model with causal softmax attention over one K and
+    V projection, to which the sparse pattern `nsa` does not apply.
     n_heads H query heads share n_kv_groups G key/value heads; d_k and d_v are head dims; ffn_dim defaults to
     3 * dim (SwiGLU); rope_scale divides positions (linear interpolation).
     """
@@ -86,6 +89,7 @@ class ModelConfig:
     rope_scale: float = 1.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    attention: Literal["nsa", "dense"] = "nsa"
     nsa: NSAConfig = field(default_factory=NSAConfig)
 
     def __post_init__(self) -> None:
@@ -104,6 +108,15 @@ class ModelConfig:
         for name in ("rope_theta", "rope_scale", "norm_eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"model.{name} = {getattr(self, name)}: must be a positive number")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"model.attention = {self.attention!r}: choose one of {', '.join(ATTENTIONS)}")
+        if self.attention == "dense":
+            for key in fields(NSAConfig):
+                if (value := getattr(self.nsa, key.name)) != key.default:
+                    raise ValueError(
+                        f"nsa.{key.name} = {value!r}: model.attention = dense has no sparse pattern; "
+                        "leave the nsa section out, or choose model.attention = nsa"
+                    )
 
     @property
     def hidden_dim(self) -> int:

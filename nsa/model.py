@@ -1,19 +1,25 @@
-"""A decoder-only transformer over NSA layers: RMSNorm, attention, SwiGLU, tied embeddings; and its generation loop."""
+"""A decoder-only transformer over NSA layers or their dense twins: RMSNorm, attention, SwiGLU, tied embeddings; and its generation loop."""
 
 from __future__ import annotations
 
-from typing import Any
+import subprocess
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils import checkpoint
 
-from nsa.attention import NativeSparseAttention
+from nsa.attention import DenseAttention, NativeSparseAttention
 from nsa.cache import KVCache, LayerCache
 from nsa.config import ModelConfig
 from nsa.rope import Rope
 
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+_NEVER = (99, 0)
+# Cards, as 90 for sm_90, and the oldest torch where compiled blocks were measured.
+_COMPILED = {90: (2, 11)}
 # Tokens whose logits exist at one time in `loss`: 1024 x 50,257 in fp32 is 206 MB, a whole 4k sequence 823 MB.
 _LOSS_CHUNK = 1024
 
@@ -37,7 +43,7 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.attention = NativeSparseAttention(cfg)
+        self.attention = NativeSparseAttention(cfg) if cfg.attention == "nsa" else DenseAttention(cfg)
         self.ffn_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.ffn = SwiGLU(cfg.dim, cfg.hidden_dim)
 
@@ -50,13 +56,15 @@ class Transformer(nn.Module):
     """Tokens to logits. Weights are fp32; bf16 is torch.autocast's business.
 
     `gradient_checkpointing` recomputes each block's activations in the backward, all but the block choice: the
-    gradient must flow through the blocks that the forward chose.
+    gradient must flow through the blocks that the forward chose. `compile_blocks` puts compiled forms in the place of
+    `run_block` and `run_norm`.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.gradient_checkpointing = False
+        self.run_block, self.run_norm = _run_block, _run_norm
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
@@ -83,16 +91,13 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.check_fits(self.cfg, len(ids))
         x = self.embed(ids)
-        T = ids.shape[1]
-        rope = Rope.of(self.cfg, 0, T, ids.device, x.dtype) if cache is None else cache.rope(T, x)
+        rope = Rope.of(self.cfg, 0 if cache is None else cache.length, ids.shape[1], ids.device, x.dtype)
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 x = block(x, rope, cache.layers[i])
-            elif self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint.checkpoint(block, x, rope, use_reentrant=False, context_fn=_keep_block_choice)
             else:
-                x = block(x, rope)
-        return self.norm(x)
+                x = self.run_block(block, x, rope, self.gradient_checkpointing and torch.is_grad_enabled())
+        return self.norm(x) if cache is not None else self.run_norm(self.norm, x)
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None, last_only: bool = False) -> torch.Tensor:
         """ids [B,T] int64 -> logits [B,T,V], or [B,1,V] of the last position."""
@@ -142,6 +147,56 @@ class Transformer(nn.Module):
                 step = logits.argmax(-1, keepdim=True)
             ids = torch.cat([ids, step], dim=1)
         return ids
+
+
+def _run_block(block: Block, x: torch.Tensor, rope: Rope, checkpointing: bool) -> torch.Tensor:
+    if checkpointing:
+        return checkpoint.checkpoint(block, x, rope, use_reentrant=False, context_fn=_keep_block_choice)
+    return block(x, rope)
+
+
+def _run_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    return norm(x)
+
+
+def compile_blocks(
+    model: Transformer, mode: Literal["auto", "on"] = "auto", *, backend: str | Callable[..., Any] = "inductor"
+) -> str | None:
+    """Run every block, and the last norm, compiled from now on; returns None, or in one line why they stay eager.
+
+    One block is compiled for each shape, and serves all layers: their weights are its inputs. A model with a cache
+    stays eager. `auto` compiles on a GPU where that was measured, `on` wherever the compiler works.
+    """
+    reason = _eager_by_default(model.embed.weight.device) if mode == "auto" else None
+    reason = reason or _no_compiler(model.embed.weight.device, backend)
+    if reason is None:
+        # It would cut a block at the edges of DDP's buckets. A block is small, and gradients leave it layer by layer.
+        torch._dynamo.config.optimize_ddp = False
+        model.run_block = torch.compile(_run_block, dynamic=False, backend=backend)
+        model.run_norm = torch.compile(_run_norm, dynamic=False, backend=backend)
+    return reason
+
+
+def _eager_by_default(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "blocks are compiled by default on CUDA alone"
+    major, minor = torch.cuda.get_device_capability(device)
+    if _COMPILED.get(10 * major + minor, _NEVER) <= _TORCH:
+        return None
+    return f"compiled blocks are not measured on sm_{major}{minor} with torch {torch.__version__}"
+
+
+def _no_compiler(device: torch.device, backend: str | Callable[..., Any]) -> str | None:
+    """Why nothing can be compiled here, as a small function of the same device finds out; None if it can."""
+    if _TORCH < (2, 5):
+        return f"torch {torch.__version__} compiles each layer anew: blocks need 2.5"
+    try:
+        torch.compile(lambda x: 2 * x + 1, dynamic=False, backend=backend)(torch.zeros(64, device=device))
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = next((line for line in lines if not line.endswith(":")), type(error).__name__)
+        return f"torch.compile does not work here: {said}"
+    return None
 
 
 def _keep_block_choice() -> Any:

@@ -7,7 +7,7 @@ lengths count only where a route depends on them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -18,8 +18,6 @@ from nsa import routing
 from nsa.blocks import Pattern, n_compressed
 
 _MOST_PLANS = 256
-# The operations of the core, in the order in which they run.
-OPS = ("compressed", "selection", "selected", "window", "combine")
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,9 @@ class Plan:
     def backend(self, op: str) -> str:
         return self.routes[op].backend
 
-    def lines(self) -> Iterator[str]:
-        """A line an operation: what runs it, and why not what would be preferred."""
-        for op, route in self.routes.items():
-            against = "; ".join(f"not {name}: {', '.join(reasons)}" for name, reasons in route.rejected.items())
-            yield f"{op}: {route.backend}" + (f" ({against})" if against else "")
+    def as_dict(self) -> dict[str, Any]:
+        """What runs each operation, and the reasons against what would be preferred, thresholds included."""
+        return {op: {"backend": route.backend, "rejected": route.rejected} for op, route in self.routes.items()}
 
     @staticmethod
     def of(

@@ -66,15 +66,17 @@ class DecodeRow(DecodeTiming):
 class AttentionRow:
     """A row of bench_attention: one part at one length. None, an empty cell: not measured, or does not apply.
 
-    Times are medians in ms; step_ms is forward and backward in one call. peak_mib is what the part's inputs, results,
-    gradients and workspace hold at once. X_vs_Y is dense attention Y's time over this part's, same run, layout and S.
-    agreement is the share of a query's free blocks that the query before it chose; heaviest, the share of queries that
-    chose the block chosen most often. status is "ok", or why there are no times.
+    Times are medians in ms; step_ms is forward and backward in one call, as called; X_ops the operations that the
+    device was given. peak_mib is what the part's inputs, results, gradients and workspace hold at once. X_vs_Y is dense
+    attention Y's time over this part's, same run, layout and S. agreement is the share of a query's free blocks that
+    the query before it chose; heaviest, the share of queries that chose the block chosen most often. status is "ok", or
+    why there are no times.
     """
 
     heads: int
     groups: int
     dim: int
+    B: int
     S: int
     inputs: str
     part: str
@@ -82,6 +84,8 @@ class AttentionRow:
     fwd_ms: float | None
     bwd_ms: float | None
     step_ms: float | None
+    fwd_ops: int | None
+    bwd_ops: int | None
     peak_mib: float | None
     fwd_vs_flash: float | None
     bwd_vs_flash: float | None
@@ -98,6 +102,42 @@ class AttentionRow:
     mem_mhz: int | None
     copy_gbs: float
     matmul_tflops: float
+    dtype: str
+    device: str
+    torch: str
+    triton: str
+    status: str
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A row of bench_train: one twin at one length, `batch` sequences a step. None, an empty cell: not measured.
+
+    attention is nsa or dense, mode compiled or eager. ms_step is the median step on the wall clock, first_s the first
+    one, compilation included; wait_ms what a step waits for data. busy is the share of a step in which the device
+    works; ms_attention and ms_head are its time inside attention's and the head's operators, ms_rest the rest of it.
+    vs_dense is tokens_per_s over the dense twin's, same run, length and mode. peak_mib counts weights, optimizer and
+    activations. status is "ok", or why there are no times.
+    """
+
+    S: int
+    batch: int
+    attention: str
+    mode: str
+    tokens_per_s: float | None
+    mfu: float | None
+    vs_dense: float | None
+    ms_step: float | None
+    wait_ms: float | None
+    busy: float | None
+    ms_attention: float | None
+    ms_head: float | None
+    ms_rest: float | None
+    peak_mib: float | None
+    first_s: float | None
+    steps: int
+    loss: float | None
+    sm_mhz: int | None
     dtype: str
     device: str
     torch: str
@@ -128,7 +168,7 @@ class CsvLog:
             self._writer.writerow(header(row_type))
             self._file.flush()
 
-    def write(self, row: TrainRow | ValRow | DecodeRow | AttentionRow) -> None:
+    def write(self, row: TrainRow | ValRow | DecodeRow | AttentionRow | StepRow) -> None:
         if not isinstance(row, self.row_type):
             raise TypeError(f"{self.path} holds {self.row_type.__name__}, not {type(row).__name__}")
         self._writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in astuple(row))

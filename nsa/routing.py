@@ -39,7 +39,7 @@ TRITON_PROOF: dict[str, dict[int, str]] = {
     "combine": {80: "compiled", 89: "compiled", 90: "measured"},
     "window": {80: "compiled", 89: "compiled", 90: "measured"},
 }
-# The ops whose Triton kernels NSA_USE_TRITON_SEL is about.
+# The ops that NSA_USE_TRITON_SEL=0 takes Triton from; NSA_USE_TRITON_SEL=1 asks for the kernels of all of them.
 _TRITON_SEL = ("selection", "selected")
 
 # FA-2 is built for sm_80 on. cuDNN's attention was measured, and found ahead of FA-2, on sm_90 with torch 2.11.
@@ -134,15 +134,18 @@ def _policy(op: str, backend: str, device: torch.device, training: bool) -> list
 
 def _unproven(op: str, backend: str, device: torch.device) -> list[str]:
     """The reason not to take a Triton kernel unasked on this card."""
-    flagged = op in _TRITON_SEL
-    if backend != "triton" or (flagged and flags().use_triton_sel) or not torch.cuda.is_available():
+    if backend != "triton" or flags().use_triton_sel or not torch.cuda.is_available():
         return []
     major, minor = _capability(device)
     proof = TRITON_PROOF[op].get(major * 10 + minor, "not even compiled")
     if proof == "measured":
         return []
-    asks = "NSA_USE_TRITON_SEL=1" if flagged else "backend='triton'"
-    return [f"not measured on sm_{major}{minor} yet, {proof} for it: {asks} asks for it"]
+    return [f"not measured on sm_{major}{minor} yet, {proof} for it: {asking((major, minor))} asks for it"]
+
+
+def asking(capability: tuple[int, int]) -> str:
+    """What to put before a command so that every kernel runs, measured or not, on a card of this capability."""
+    return "NSA_USE_TRITON_SEL=1" + (" NSA_TRITON_SEL_FORCE=1" if capability == (8, 9) else "")
 
 
 # The package that holds a backend's forms, one module an op. `reference` is the op's own file. To add a backend: a
@@ -238,7 +241,7 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training
 
 def _warn_if_asked_in_vain(op: str, backend: str, rejected: dict[str, list[str]]) -> None:
     f = flags()
-    for name, asked in (("triton", op in _TRITON_SEL and f.use_triton_sel), ("flash", f.use_fa2)):
+    for name, asked in (("triton", f.use_triton_sel), ("flash", f.use_fa2)):
         if asked and name in rejected:
             _warn_once(f"{op}: {name} was asked for but {'; '.join(rejected[name])}; running {backend}")
 
@@ -261,6 +264,7 @@ def snapshot() -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda_version": torch.version.cuda,
         "device": _device(cuda),
+        "to_use_every_kernel": _unmeasured_here(cuda),
         "triton_proof": {op: {f"sm_{sm}": proof for sm, proof in cards.items()} for op, cards in TRITON_PROOF.items()},
         "flash": {
             "attn": flash_wrappers.flash_attn_version(),
@@ -278,6 +282,16 @@ def snapshot() -> dict[str, Any]:
 def _route_row(op: str, training: bool) -> dict[str, Any]:
     route = choose(op, training=training)
     return {"backend": route.backend, "rejected": route.rejected}
+
+
+def _unmeasured_here(cuda: bool) -> str | None:
+    """The one line for the owner of a card whose kernels are compiled and not measured; None for any other."""
+    if not cuda or flags().use_triton_sel:
+        return None
+    capability = _capability(None)
+    number = capability[0] * 10 + capability[1]
+    measured = all(cards.get(number) == "measured" for cards in TRITON_PROOF.values())
+    return None if measured else f"export {asking(capability)}"
 
 
 def _device(cuda: bool) -> dict[str, Any]:

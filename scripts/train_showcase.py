@@ -11,8 +11,8 @@ import argparse
 import os
 
 EPILOG = """Every other setting is a key of the config: --set train.lr=1e-3.
-Exit: 0 done; 1 the loss stopped being finite, or the disk is full; 2 a setting, the data or a checkpoint
-cannot be used; 143 and 130 after SIGTERM and Ctrl-C, with a checkpoint to --resume from."""
+Exit: 0 done; 1 the loss stopped being finite, the data broke off, or the disk is full; 2 a setting, the
+data or a checkpoint cannot be used; 143 and 130 after SIGTERM and Ctrl-C, with a checkpoint to --resume from."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

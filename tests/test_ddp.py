@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
 
 
-def a_config(out_dir, **loop):
+def a_config(out_dir, *, reduce="fp32", **loop):
     step = {"seq_len": 32, "batch_size": 4, "accumulate_grad_batches": 2, "lr": 5e-3, "seed": 5}
     cadence = {"steps": STEPS, "save_every": 3, "eval_every": 3, "eval_batches": 2, "log_every": 1}
     return config.build(
@@ -30,7 +30,7 @@ def a_config(out_dir, **loop):
             "model": {"vocab_size": 64, "dim": 16, "n_heads": 2, "n_kv_groups": 1, "d_k": 8, "d_v": 8},
             "nsa": {"l": 4, "d": 2, "l_sel": 4, "n_sel": 3, "w": 8, "phi": "mlp"},
             "data": {"dataset": "synthetic"},
-            "runtime": {"device": "cpu", "gradient_checkpointing": True},
+            "runtime": {"device": "cpu", "gradient_checkpointing": True, "reduce": reduce},
             "train": {**step, **cadence, **loop, "out_dir": str(out_dir)},
         }
     )
@@ -40,13 +40,20 @@ def quiet(line: str) -> None:
     pass
 
 
-def start(cfg, *arguments, ranks=2):
+def start(cfg, *arguments, ranks=2, first=""):
+    """Start the script on each rank; `first` is Python that each runs before it."""
     path = Path(cfg.train.out_dir).with_suffix(".yaml")
     path.write_text(json.dumps(cfg.as_dict()))
+    script = path.with_suffix(".py")
+    main = str(ROOT / "scripts" / "train_showcase.py")
+    script.write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{first}\n"
+        f"runpy.run_path({main!r}, run_name='__main__')\n"
+    )
     # The launcher's module form: the same interpreter as this test's, whatever PATH holds.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
-        [*launcher, str(ROOT / "scripts" / "train_showcase.py"), *arguments],
+        [*launcher, str(script), *arguments],
         env={**os.environ, "CONFIG": str(path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -106,6 +113,79 @@ def test_two_ranks_repeat_one_process(tmp_path):
     train(resumed, emit=quiet)
     rows = read_rows(tmp_path / "on" / "training.csv", TrainRow)
     assert [row.loss for row in rows] == pytest.approx([row.loss for row in one], rel=1e-5)
+
+
+# Each rank's host reads a step when it has launched the next, as on cards.
+AHEAD = "from nsa.train import loop\nloop.runs_ahead = lambda device: True"
+
+
+def test_ranks_that_run_ahead_stop_at_one_step_and_repeat_one_process(tmp_path):
+    out = tmp_path / "run"
+    process = start(a_config(out, steps=100_000, lr_schedule="constant", save_every=0, eval_every=0), first=AHEAD)
+    wait_for_line(process, "step 0003 | loss")
+    os.kill(_pid_of_rank_1(process.pid), signal.SIGTERM)
+    code, _, _ = finish(process)
+    assert code != 0
+    (last,) = checkpoint.list_checkpoints(out)
+    rows = read_rows(out / "training.csv", TrainRow)
+    assert [row.step for row in rows] == list(range(1, checkpoint.load(last)["step"] + 1))
+    few = min(len(rows), 8)
+    train(a_config(tmp_path / "one", steps=few, lr_schedule="constant"), emit=quiet)
+    one = read_rows(tmp_path / "one" / "training.csv", TrainRow)
+    assert [row.loss for row in rows[:few]] == pytest.approx([row.loss for row in one], rel=1e-5)
+    ends = [json.loads((out / f"heartbeat_rank{r}.jsonl").read_text().splitlines()[-1]) for r in range(2)]
+    assert {(end["event"], end["step"]) for end in ends} == {("end", rows[-1].step)}
+
+
+DATA_DIES = """
+import os
+from nsa.train.errors import LostDataError
+from nsa.train.loader import Loader
+real, calls = Loader.next, []
+def next(self):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 8:
+        raise LostDataError("data process 3 died")
+    return real(self)
+Loader.next = next
+"""
+
+
+@pytest.mark.parametrize("ahead", ["", AHEAD], ids=["at once", "a step late"])
+def test_a_rank_whose_data_breaks_off_stops_all_with_a_checkpoint(tmp_path, ahead):
+    """In its step 4, after a micro-batch of it; rank 0 has the data of that step and of the next."""
+    out = tmp_path / "run"
+    code, _, stderr = finish(start(a_config(out, save_every=0, eval_every=0), first=ahead + DATA_DIES))
+    assert code == 1
+    assert "step 4: data process 3 died;\ngo on from " + str(out / "checkpoint_000003.pt") in stderr
+    (last,) = checkpoint.list_checkpoints(out)
+    train(a_config(tmp_path / "one", save_every=3), emit=quiet)
+    ours, theirs = checkpoint.load(last), checkpoint.load(tmp_path / "one" / "checkpoint_000003.pt")
+    assert (last.name, ours["step"]) == ("checkpoint_000003.pt", 3)
+    assert [rank["data"] for rank in ours["ranks"]] == 2 * [theirs["ranks"][0]["data"]]
+    for name, value in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_reduction_where_it_cannot_be_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"runtime\.reduce = bf16: NCCL can, gloo on a cpu cannot; set it to fp32"):
+        train(a_config(tmp_path / "run", reduce="bf16"), emit=quiet)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: NCCL reduces")
+def test_gradients_reduced_in_bf16_are_rounded_and_still_learn_the_same(tmp_path):
+    """A group of one card: what it sends is rounded all the same."""
+    losses, moments = [], []
+    for reduce in ("fp32", "bf16"):
+        cfg = a_config(tmp_path / reduce, reduce=reduce)
+        cuda = {**cfg.as_dict()["runtime"], "device": "cuda", "ddp": 1}
+        code, _, stderr = finish(start(config.build({**cfg.as_dict(), "runtime": cuda}), ranks=1))
+        assert code == 0, stderr[-2000:]
+        losses.append([row.loss for row in read_rows(tmp_path / reduce / "training.csv", TrainRow)])
+        saved = checkpoint.load(checkpoint.path_of(tmp_path / reduce, STEPS))
+        moments.append(saved["optimizer"]["state"][0]["exp_avg"])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert not torch.allclose(*moments, rtol=1e-4, atol=1e-7)
 
 
 def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tmp_path):

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -16,14 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa import routing
 from nsa.model import Block, Transformer
 from nsa.records import TrainRow, ValRow, read_rows
-from nsa.train import checkpoint, config
-from nsa.train.errors import NonFiniteError, SaveError, UsageError
+from nsa.train import checkpoint, config, loop
+from nsa.train.errors import LostDataError, NonFiniteError, SaveError, UsageError
+from nsa.train.loader import Loader
 from nsa.train.loop import train
-from nsa.train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups
+from nsa.train.optim import build_optimizer, lr_factor, parameter_groups, restore
+from nsa.train.step import Launched, Stepper
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,7 +91,7 @@ def test_every_step_has_a_row_and_the_files_are_those_promised(tmp_path):
     assert [beat["event"] for beat in beats][0 :: len(beats) - 1] == ["start", "end"]
     assert {beat["step"] for beat in beats} >= {0, 2, 4, 5}
     assert json.loads((out / "env.json").read_text())["config"]["train"]["steps"] == 5
-    pattern = r"step \d{4} \| loss \d+\.\d{4} \| lr \d\.\d\de-\d\d \| toks/s \d+ \| grad [\d.]+"
+    pattern = r"step \d{4} \| loss \d+\.\d{4} \| lr \d\.\d\de-\d\d \| toks/s \d+ \| wait \d+\.\ds \| grad [\d.]+"
     steps = [line for line in lines if re.fullmatch(pattern, line)]
     assert [line[:9] for line in steps] == ["step 0001", "step 0002", "step 0004", "step 0005"]
 
@@ -99,7 +103,7 @@ def test_tensorboard_has_the_curves(tmp_path):
     rows = run(tmp_path / "run", steps=4, log_every=1)
     events = EventAccumulator(str(tmp_path / "run" / "tb"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/toks_per_s", "train/lr"}
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/toks_per_s", "train/lr", "train/wait"}
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([r.loss for r in rows], rel=1e-5)
 
 
@@ -142,16 +146,6 @@ def test_only_matrices_decay(phi, tmp_path):
             assert name in kept, name
         elif name.endswith("proj.weight") or "ffn" in name:
             assert name in decayed, name
-
-
-def test_a_resumed_schedule_is_at_the_same_rate():
-    cfg = config.build({"train": {"steps": 20, "warmup_steps": 3}}).train
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), cfg, torch.device("cpu"))
-    scheduler = build_scheduler(optimizer, cfg)
-    for _ in range(7):
-        optimizer.step()
-        scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(cfg.lr * lr_factor(7, cfg))
 
 
 @contextmanager
@@ -207,6 +201,305 @@ def test_a_non_finite_loss_stops_and_names_the_step_and_the_last_good_checkpoint
         run(out, lr=1e30, save_every=1)
     assert [file.name for file in out.glob("checkpoint*")] == ["checkpoint_000001.pt"]
     assert [row.step for row in read_rows(out / "training.csv", TrainRow)] == [1]
+
+
+# --- a host that runs a step ahead, as it does on a card ---
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "a step late"])
+def ahead(request, monkeypatch):
+    """Whether the host reads a step when it has launched the next; the update is then the fused one."""
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: request.param)
+    return request.param
+
+
+@pytest.fixture
+def steppers(monkeypatch):
+    """The Stepper of each run, to look at the weights that a run ended with."""
+    seen: list[Stepper] = []
+    build = Stepper.__init__
+
+    def remember(self, *arguments, **settings):
+        build(self, *arguments, **settings)
+        seen.append(self)
+
+    monkeypatch.setattr(Stepper, "__init__", remember)
+    return seen
+
+
+def on_call(monkeypatch, owner, name, number, instead):
+    """Replace a method's call `number` (1 is the first) by `instead(real, self, *arguments)`; what is counted."""
+    real, calls = getattr(owner, name), []
+
+    def method(self, *arguments):
+        calls.append(1)
+        return instead(real, self, *arguments) if len(calls) == number else real(self, *arguments)
+
+    monkeypatch.setattr(owner, name, method)
+    return calls
+
+
+def speechless(lines):
+    """Log lines without what a clock decides."""
+    return [re.sub(r"toks/s \d+ \| wait [\d.]+s", "", line) for line in lines]
+
+
+def test_reading_a_step_late_changes_no_row_and_no_line(tmp_path, monkeypatch):
+    cadence = {"steps": 7, "log_every": 2, "eval_every": 3, "eval_batches": 2, "save_every": 4, "warmup_steps": 2}
+    lines, rows, order = {}, {}, []
+    launch = Stepper.launch
+
+    def launch_and_tell(self, *arguments):
+        order.append("launch")
+        return launch(self, *arguments)
+
+    for name, late in (("at once", False), ("late", True)):
+        monkeypatch.setattr(loop, "runs_ahead", lambda device, late=late: late)
+        monkeypatch.setattr(Stepper, "launch", launch_and_tell)
+        lines[name] = []
+        order.clear()
+
+        def emit(line, name=name):
+            lines[name].append(line.replace(str(tmp_path / name), ""))
+            order.append(line[:9])
+
+        train(tiny(tmp_path / name, **cadence), emit=emit)
+        rows[name] = read_rows(tmp_path / name / "training.csv", TrainRow)
+    assert order[:4] == ["launch", "launch", "step 0001", "launch"], "the host was not ahead"
+    assert [row.step for row in rows["late"]] == list(range(1, 8))
+    assert [row.loss for row in rows["late"]] == pytest.approx([row.loss for row in rows["at once"]], rel=1e-5)
+    assert [row.lr for row in rows["late"]] == [row.lr for row in rows["at once"]]
+    assert speechless(lines["late"]) == speechless(lines["at once"])
+    for step in (4, 7):
+        for key, value in weights(tmp_path / "at once", step).items():
+            torch.testing.assert_close(weights(tmp_path / "late", step)[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_launch_reads_nothing_from_the_device(tmp_path, monkeypatch):
+    """What a host reads of a step's tensors, it would have to wait for; the model's own forward is not judged here."""
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(Transformer, "loss", lambda self, ids, targets: self.head(self.embed(ids)).float().var())
+    monkeypatch.setattr(Loader, "next", lambda self: torch.zeros(2, 33, dtype=torch.int64))
+    read = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            if operator in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                read.append(operator)
+            return operator(*arguments, **(keywords or {}))
+
+    launch, tolist = Stepper.launch, torch.Tensor.tolist
+
+    def watched(self, *arguments):
+        with Reads(), monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda values: read.append("tolist") or tolist(values))
+            return launch(self, *arguments)
+
+    monkeypatch.setattr(Stepper, "launch", watched)
+    run(tmp_path / "run", accumulate_grad_batches=2, batch_size=2)
+    assert read == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: asks torch whether a step synchronises")
+def test_a_step_on_a_card_does_not_synchronise(tmp_path, monkeypatch):
+    """The whole step, the model's kernels included; the first one compiles and may."""
+    plain = tiny(tmp_path / "run", precision="bf16", seq_len=256, steps=5).as_dict()
+    shape = {"vocab_size": 64, "dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_groups": 2, "d_k": 64, "d_v": 64}
+    sparse = {"l": 32, "d": 16, "l_sel": 64, "n_sel": 3, "w": 64}
+    cfg = config.build({**plain, "model": shape, "nsa": sparse, "runtime": {**plain["runtime"], "device": "cuda"}})
+    windows = torch.randint(0, 64, (4, 257), device="cuda")
+    monkeypatch.setattr(Loader, "next", lambda self: windows)
+    launch, launches = Stepper.launch, []
+
+    def watched(self, *arguments):
+        launches.append(self)
+        torch.cuda.set_sync_debug_mode("error" if len(launches) > 1 else "default")
+        try:
+            return launch(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Stepper, "launch", watched)
+    train(cfg, emit=quiet)
+    assert [row.step for row in read_rows(tmp_path / "run" / "training.csv", TrainRow)] == [1, 2, 3, 4, 5]
+
+
+def poison_loss(real, model, ids, targets):
+    return real(model, ids, targets) * math.nan
+
+
+def poison_gradient(real, model, ids, targets):
+    loss = real(model, ids, targets)
+    loss.register_hook(lambda gradient: gradient * math.inf)
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("poison", "said"),
+    [(poison_loss, "the loss is nan"), (poison_gradient, "the gradient's norm is (nan|inf)")],
+)
+def test_a_step_that_is_not_finite_changes_no_weight_whenever_it_is_learned_of(
+    tmp_path, monkeypatch, ahead, steppers, poison, said
+):
+    """The step after it is finite again, and on its way before the host knows."""
+    out = tmp_path / "run"
+    calls = on_call(monkeypatch, Transformer, "loss", 3, poison)
+    with pytest.raises(NonFiniteError, match=rf"step 3: {said}; stopped before .*;\n.*checkpoint_000002\.pt"):
+        run(out, steps=8, save_every=2)
+    assert len(calls) == (4 if ahead else 3)
+    good = checkpoint.load(out / "checkpoint_000002.pt")
+    (stepper,) = steppers
+    for name, value in stepper.model.state_dict().items():
+        assert torch.equal(value, good["model"][name]), name
+    for index, state in stepper.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, good["optimizer"]["state"][index][key]) for key, value in state.items())
+    assert [row.step for row in read_rows(out / "training.csv", TrainRow)] == [1, 2]
+
+
+def test_a_signal_ends_a_run_that_is_ahead_with_all_its_steps_told_of(tmp_path, ahead):
+    out = tmp_path / "run"
+
+    def emit(line: str) -> None:
+        if line.startswith("step 0002 | loss"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(tiny(out, steps=50), emit=emit)
+    assert result.signum == signal.SIGTERM
+    assert result.step == (4 if ahead else 3)
+    assert result.checkpoint == checkpoint.path_of(out, result.step)
+    assert [row.step for row in read_rows(out / "training.csv", TrainRow)] == list(range(1, result.step + 1))
+    train(tiny(out, steps=50, resume=str(out)), emit=quiet)
+    whole = run(tmp_path / "whole", steps=50)
+    assert [row.loss for row in read_rows(out / "training.csv", TrainRow)] == [row.loss for row in whole]
+
+
+def test_an_update_is_fused_or_not_as_the_run_has_it_not_as_the_checkpoint(tmp_path):
+    cfg = tiny(tmp_path / "run").train
+    layer = torch.nn.Linear(2, 2)
+    plain, fused = (build_optimizer(layer, cfg, torch.device("cpu"), fused=fused) for fused in (False, True))
+    layer(torch.ones(1, 2)).sum().backward()
+    plain.step()
+    restore(fused, plain.state_dict())
+    assert [group["fused"] for group in fused.param_groups] == [True, True]
+    fused.found_inf = torch.ones(())
+    before = layer.weight.clone()
+    fused.step()
+    assert torch.equal(layer.weight, before)
+    restore(plain, fused.state_dict())
+    assert [group["fused"] for group in plain.param_groups] == [False, False]
+
+
+# --- data ---
+
+
+def test_data_that_breaks_off_leaves_a_checkpoint_of_the_step_before_and_is_named(tmp_path, monkeypatch, ahead):
+    """In the middle of step 4, after its first micro-batch."""
+    out, settings = tmp_path / "run", {"steps": 6, "batch_size": 2, "accumulate_grad_batches": 2}
+
+    def die(real, loader):
+        raise LostDataError("data process 1 (pid 4711) died (exit code -9)")
+
+    with monkeypatch.context() as patch:
+        on_call(patch, Loader, "next", 8, die)
+        with pytest.raises(LostDataError) as error:
+            run(out, **settings)
+    assert str(error.value).splitlines() == [
+        "step 4: data process 1 (pid 4711) died (exit code -9);",
+        f"go on from {out / 'checkpoint_000003.pt'} with --resume",
+    ]
+    assert error.value.exit_code == 1
+    assert json.loads((out / "metrics.json").read_text())["ended"] == "lost data"
+    assert [row.step for row in read_rows(out / "training.csv", TrainRow)] == [1, 2, 3]
+    whole = run(tmp_path / "whole", **settings)
+    assert run(out, **settings, resume=str(out))[-1].loss == whole[-1].loss
+    assert [row.loss for row in read_rows(out / "training.csv", TrainRow)] == [row.loss for row in whole]
+    for name, value in weights(tmp_path / "whole", 6).items():
+        assert torch.equal(weights(out, 6)[name], value), name
+
+
+def test_data_that_never_came_leaves_nothing(tmp_path, monkeypatch):
+    def die(real, loader):
+        raise LostDataError("data process 0 died")
+
+    on_call(monkeypatch, Loader, "next", 1, die)
+    with pytest.raises(LostDataError, match=r"^step 1: data process 0 died;\nnothing was trained$"):
+        run(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_a_slow_source_is_told_of(tmp_path, monkeypatch, capsys, ahead):
+    def slow(real, loader):
+        loader.waited += 12.5
+        return real(loader)
+
+    on_call(monkeypatch, Loader, "next", 3, slow)
+    lines: list[str] = []
+    train(tiny(tmp_path / "run", steps=6, log_every=2), emit=lines.append)
+    assert capsys.readouterr().err.count("waited") == 1
+    waits = [re.search(r"step (\d+) .* wait (\d+\.\d)s", line) for line in lines if "| loss" in line]
+    assert [(int(w[1]), round(float(w[2]) - 12.5) >= 0) for w in waits] == [
+        (1, False),
+        (2, False),
+        (4, True),
+        (6, False),
+    ]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["seconds_waiting_for_data"] >= 12.5
+
+
+def test_each_time_the_text_is_used_up_is_said(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some words to learn " * 60)
+    plain = tiny(tmp_path / "run", data={"dataset": "text", "path": str(tmp_path / "a.txt")}, steps=20).as_dict()
+    cfg = config.build({**plain, "model": {**plain["model"], "vocab_size": 256}})
+    train(cfg, emit=quiet)
+    epoch = json.loads((tmp_path / "run" / "metrics.json").read_text())["epoch"]
+    said = re.findall(r"the text was used up, epoch (\d+) has begun", capsys.readouterr().err)
+    assert epoch >= 2
+    assert said == [str(n) for n in range(2, epoch + 2)]
+
+
+# --- speed ---
+
+
+@pytest.fixture
+def a_second_a_step(monkeypatch):
+    """Steps take a second by the clock, the first of a start a hundred."""
+    steps: list[Launched] = []
+
+    def seconds(self):
+        steps.append(self)
+        return 100.0 if len(steps) == 1 else 1.0
+
+    monkeypatch.setattr(Launched, "seconds", seconds)
+
+
+def test_the_first_step_is_not_the_runs_speed(tmp_path, a_second_a_step):
+    lines: list[str] = []
+    train(tiny(tmp_path / "run", steps=5), emit=lines.append)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["first_step_s"], metrics["toks_per_s"], metrics["tokens"]) == (100.0, 128.0, 5 * 128)
+    assert [re.search(r"toks/s (\d+)", line)[1] for line in lines if "| loss" in line] == ["1", "128", "128", "128"]
+    assert [row.toks_per_s for row in read_rows(tmp_path / "run" / "training.csv", TrainRow)] == [1.28, *4 * [128.0]]
+
+
+def test_the_first_step_after_a_resume_is_not_the_lines_speed(tmp_path, monkeypatch, a_second_a_step):
+    run(tmp_path / "run", steps=1, lr_schedule="constant")
+    monkeypatch.setattr(Launched, "seconds", lambda self, left=[100.0]: left.pop() if left else 1.0)
+    lines: list[str] = []
+    train(
+        tiny(tmp_path / "run", steps=4, lr_schedule="constant", resume=str(tmp_path / "run"), log_every=4),
+        emit=lines.append,
+    )
+    assert "step 0004" in lines[0]
+    assert "toks/s 128 " in lines[0]
+
+
+@pytest.mark.parametrize(("peak", "field", "value"), [(512.0, "| mfu 0.25 |", 0.25), (None, None, None)])
+def test_mfu_is_the_share_of_the_peak_where_that_is_known(tmp_path, monkeypatch, a_second_a_step, peak, field, value):
+    monkeypatch.setattr(loop, "_peak_tokens", lambda cfg, world: peak)
+    lines: list[str] = []
+    train(tiny(tmp_path / "run"), emit=lines.append)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["mfu"] == value
+    assert (field in lines[1]) if field else ("mfu" not in lines[1])
 
 
 def test_a_rerun_moves_the_old_run_aside_and_loses_nothing(tmp_path, capsys):

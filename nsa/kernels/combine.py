@@ -2,12 +2,16 @@
 query. Gates and products are fp32, the result is rounded once, and nothing of a branch output's size is stored besides
 the results themselves.
 
-Strides are named by tensor and axis: ss_t is the selected branch's over tokens. FLAT: the rows of every tensor lie
-evenly, its sx_h apart.
+The backward of the sum alone is the gradients of the three branches. `fold` stores none of them: a branch's backward
+that is handed dout and the row's gate scales its own, and what it would make of the products of dout and its output,
+one number a row, is at hand here.
+
+Branch outputs and results are contiguous; the logits of a row follow each other, as columns of a wider tensor too.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,27 +21,25 @@ import triton.language as tl
 from nsa.kernels.primitives import on_device
 
 # Elements of a program, and its warps. Those tried, from 1,024 to 8,192 and 2 to 8, are within 2% of each other.
-_LAUNCH = {"forward": (4096, 8), "backward": (2048, 4)}
+_LAUNCH = {"forward": (4096, 8), "backward": (2048, 4), "fold": (2048, 4)}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
-def _places(row, T, H, s_b, s_t, s_h, FLAT: tl.constexpr):
-    """Where the rows (b, t, h) begin, int64."""
-    if FLAT:
-        places = row.to(tl.int64) * s_h
-    else:
-        t = row // H
-        places = (t // T).to(tl.int64) * s_b + (t % T).to(tl.int64) * s_t + (row % H).to(tl.int64) * s_h
-    return places
+def _rows(n, DP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """This program's rows; which of them exist; places of their elements, int64; which of those exist."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, DP)[None, :]
+    return row, row < n, row.to(tl.int64)[:, None] * D + d, (row < n)[:, None] & (d < D)
 
 
 @triton.jit
-def _gates(Logits, places, s_c, ok, SOFTMAX: tl.constexpr):
+def _gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX: tl.constexpr):
     """The rows' three gates, fp32."""
-    a = tl.load(Logits + places, mask=ok, other=0.0).to(tl.float32)
-    b = tl.load(Logits + places + s_c, mask=ok, other=0.0).to(tl.float32)
-    c = tl.load(Logits + places + 2 * s_c, mask=ok, other=0.0).to(tl.float32)
+    at = Logits + (row // H).to(tl.int64) * sl_t + (row % H).to(tl.int64) * sl_h
+    a = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    b = tl.load(at + 1, mask=ok, other=0.0).to(tl.float32)
+    c = tl.load(at + 2, mask=ok, other=0.0).to(tl.float32)
     if SOFTMAX:
         top = tl.maximum(tl.maximum(a, b), c)
         a = tl.exp(a - top)
@@ -60,64 +62,83 @@ def _sigmoid(x):
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
+@triton.jit
+def _products(dout, Cmp, Sel, Win, at, inside, g_cmp, g_sel, g_win):
+    """By row, each gate times the product of the output's gradient and the branch: what dout * gate has with it."""
+    cmp = tl.load(Cmp + at, mask=inside, other=0.0).to(tl.float32)
+    sel = tl.load(Sel + at, mask=inside, other=0.0).to(tl.float32)
+    win = tl.load(Win + at, mask=inside, other=0.0).to(tl.float32)
+    return g_cmp * tl.sum(dout * cmp, 1), g_sel * tl.sum(dout * sel, 1), g_win * tl.sum(dout * win, 1)
+
+
+@triton.jit
+def _store_d_logits(Dlogits, row, ok, g_cmp, g_sel, g_win, p_cmp, p_sel, p_win, SOFTMAX: tl.constexpr):
+    """Gradients of the logits; p as `_products` gives them."""
+    if SOFTMAX:
+        total = p_cmp + p_sel + p_win
+        p_cmp -= g_cmp * total
+        p_sel -= g_sel * total
+        p_win -= g_win * total
+    else:
+        p_cmp *= 1.0 - g_cmp
+        p_sel *= 1.0 - g_sel
+        p_win *= 1.0 - g_win
+    to = Dlogits + row.to(tl.int64) * 3
+    tl.store(to, p_cmp.to(Dlogits.dtype.element_ty), mask=ok)
+    tl.store(to + 1, p_sel.to(Dlogits.dtype.element_ty), mask=ok)
+    tl.store(to + 2, p_win.to(Dlogits.dtype.element_ty), mask=ok)
+
+
 @triton.jit(do_not_specialize=["n"])
 def combine_forward(
-    Cmp, Sel, Win, Logits, Out,
-    sc_b, sc_t, sc_h, sc_d, ss_b, ss_t, ss_h, ss_d, sw_b, sw_t, sw_h, sw_d, sl_b, sl_t, sl_h, sl_c, n, T, H,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr, FLAT: tl.constexpr,
+    Cmp, Sel, Win, Logits, Out, sl_t, sl_h, n, H,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ok = row < n
-    d = tl.arange(0, DP)[None, :]
-    inside = ok[:, None] & (d < D)
-    g_cmp, g_sel, g_win = _gates(Logits, _places(row, T, H, sl_b, sl_t, sl_h, FLAT), sl_c, ok, SOFTMAX)
-    cmp = tl.load(Cmp + _places(row, T, H, sc_b, sc_t, sc_h, FLAT)[:, None] + d * sc_d, mask=inside, other=0.0)
-    sel = tl.load(Sel + _places(row, T, H, ss_b, ss_t, ss_h, FLAT)[:, None] + d * ss_d, mask=inside, other=0.0)
-    win = tl.load(Win + _places(row, T, H, sw_b, sw_t, sw_h, FLAT)[:, None] + d * sw_d, mask=inside, other=0.0)
+    row, ok, at, inside = _rows(n, DP, D, ROWS)
+    g_cmp, g_sel, g_win = _gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX)
+    cmp = tl.load(Cmp + at, mask=inside, other=0.0)
+    sel = tl.load(Sel + at, mask=inside, other=0.0)
+    win = tl.load(Win + at, mask=inside, other=0.0)
     out = (
         g_cmp[:, None] * cmp.to(tl.float32) + g_sel[:, None] * sel.to(tl.float32) + g_win[:, None] * win.to(tl.float32)
     )
-    tl.store(Out + row.to(tl.int64)[:, None] * D + d, out.to(Out.dtype.element_ty), mask=inside)
+    tl.store(Out + at, out.to(Out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"])
 def combine_backward(
-    Dout, Cmp, Sel, Win, Logits, Dcmp, Dsel, Dwin, Dlogits,
-    so_b, so_t, so_h, so_d, sc_b, sc_t, sc_h, sc_d, ss_b, ss_t, ss_h, ss_d, sw_b, sw_t, sw_h, sw_d,
-    sl_b, sl_t, sl_h, sl_c, n, T, H,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr, FLAT: tl.constexpr,
+    Dout, Cmp, Sel, Win, Logits, Dcmp, Dsel, Dwin, Dlogits, sl_t, sl_h, n, H,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ok = row < n
-    d = tl.arange(0, DP)[None, :]
-    inside = ok[:, None] & (d < D)
-    g_cmp, g_sel, g_win = _gates(Logits, _places(row, T, H, sl_b, sl_t, sl_h, FLAT), sl_c, ok, SOFTMAX)
-    dout = tl.load(Dout + _places(row, T, H, so_b, so_t, so_h, FLAT)[:, None] + d * so_d, mask=inside, other=0.0)
-    cmp = tl.load(Cmp + _places(row, T, H, sc_b, sc_t, sc_h, FLAT)[:, None] + d * sc_d, mask=inside, other=0.0)
-    sel = tl.load(Sel + _places(row, T, H, ss_b, ss_t, ss_h, FLAT)[:, None] + d * ss_d, mask=inside, other=0.0)
-    win = tl.load(Win + _places(row, T, H, sw_b, sw_t, sw_h, FLAT)[:, None] + d * sw_d, mask=inside, other=0.0)
-    dout = dout.to(tl.float32)
-    to = row.to(tl.int64)[:, None] * D + d
-    tl.store(Dcmp + to, (g_cmp[:, None] * dout).to(Dcmp.dtype.element_ty), mask=inside)
-    tl.store(Dsel + to, (g_sel[:, None] * dout).to(Dsel.dtype.element_ty), mask=inside)
-    tl.store(Dwin + to, (g_win[:, None] * dout).to(Dwin.dtype.element_ty), mask=inside)
-    # The gradients of the gates, then of the logits.
-    p_cmp = tl.sum(dout * cmp.to(tl.float32), 1)
-    p_sel = tl.sum(dout * sel.to(tl.float32), 1)
-    p_win = tl.sum(dout * win.to(tl.float32), 1)
-    if SOFTMAX:
-        mean = g_cmp * p_cmp + g_sel * p_sel + g_win * p_win
-        p_cmp = g_cmp * (p_cmp - mean)
-        p_sel = g_sel * (p_sel - mean)
-        p_win = g_win * (p_win - mean)
-    else:
-        p_cmp *= g_cmp * (1.0 - g_cmp)
-        p_sel *= g_sel * (1.0 - g_sel)
-        p_win *= g_win * (1.0 - g_win)
-    to = row.to(tl.int64) * 3
-    tl.store(Dlogits + to, p_cmp.to(Dlogits.dtype.element_ty), mask=ok)
-    tl.store(Dlogits + to + 1, p_sel.to(Dlogits.dtype.element_ty), mask=ok)
-    tl.store(Dlogits + to + 2, p_win.to(Dlogits.dtype.element_ty), mask=ok)
+    row, ok, at, inside = _rows(n, DP, D, ROWS)
+    g_cmp, g_sel, g_win = _gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX)
+    dout = tl.load(Dout + at, mask=inside, other=0.0).to(tl.float32)
+    p_cmp, p_sel, p_win = _products(dout, Cmp, Sel, Win, at, inside, g_cmp, g_sel, g_win)
+    tl.store(Dcmp + at, (g_cmp[:, None] * dout).to(Dcmp.dtype.element_ty), mask=inside)
+    tl.store(Dsel + at, (g_sel[:, None] * dout).to(Dsel.dtype.element_ty), mask=inside)
+    tl.store(Dwin + at, (g_win[:, None] * dout).to(Dwin.dtype.element_ty), mask=inside)
+    _store_d_logits(Dlogits, row, ok, g_cmp, g_sel, g_win, p_cmp, p_sel, p_win, SOFTMAX)
+
+
+@triton.jit(do_not_specialize=["n"])
+def combine_fold(
+    Dout, Cmp, Sel, Win, Logits, Dlogits, Gates, Deltas, sl_t, sl_h, n, H,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    row, ok, at, inside = _rows(n, DP, D, ROWS)
+    g_cmp, g_sel, g_win = _gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX)
+    dout = tl.load(Dout + at, mask=inside, other=0.0).to(tl.float32)
+    p_cmp, p_sel, p_win = _products(dout, Cmp, Sel, Win, at, inside, g_cmp, g_sel, g_win)
+    cmp = row.to(tl.int64)
+    sel = cmp + n
+    win = sel + n
+    tl.store(Gates + cmp, g_cmp, mask=ok)
+    tl.store(Gates + sel, g_sel, mask=ok)
+    tl.store(Gates + win, g_win, mask=ok)
+    tl.store(Deltas + cmp, p_cmp, mask=ok)
+    tl.store(Deltas + sel, p_sel, mask=ok)
+    tl.store(Deltas + win, p_win, mask=ok)
+    _store_d_logits(Dlogits, row, ok, g_cmp, g_sel, g_win, p_cmp, p_sel, p_win, SOFTMAX)
 
 
 def unsupported(backend: str, *tensors: torch.Tensor) -> list[str]:
@@ -129,7 +150,10 @@ def unsupported(backend: str, *tensors: torch.Tensor) -> list[str]:
 def forward(
     cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool
 ) -> torch.Tensor:
-    """The gated sum, contiguous, in cmp's dtype: branch outputs [B,T,H,D] and logits [B,T,H,3], any strides."""
+    """The gated sum, contiguous, in cmp's dtype: branch outputs [B,T,H,D] and logits [B,T,H,3].
+
+    Here and below any strides; what is not laid out as the kernels load it is copied.
+    """
     out = torch.empty(cmp.shape, dtype=cmp.dtype, device=cmp.device)
     _run("forward", combine_forward, (cmp, sel, win, logits), (out,), softmax)
     return out
@@ -138,40 +162,59 @@ def forward(
 def backward(
     dout: torch.Tensor, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the three branch outputs and of the logits, contiguous. Equal runs are equal."""
+    """Gradients of the three branch outputs and of the logits, contiguous, in their dtypes. Equal runs are equal."""
     inputs = (cmp, sel, win, logits)
     d_cmp, d_sel, d_win, d_logits = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
     _run("backward", combine_backward, (dout, *inputs), (d_cmp, d_sel, d_win, d_logits), softmax)
     return d_cmp, d_sel, d_win, d_logits
 
 
+def fold(
+    dout: torch.Tensor, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient of the logits and, for the branches' own backward passes, gates and deltas.
+
+    dout, cmp, sel, win [B,T,H,D], logits [B,T,H,3]. Returns d_logits [B,T,H,3] in logits' dtype; gates g [3,B,T,H]
+    fp32, in the order cmp, sel, win; deltas [3,B,T,H] fp32, g * rowsum(dout * branch). d_logits is delta * (1 - g), or
+    delta - g * (sum of the three deltas) for a softmax. All contiguous. Equal runs are equal.
+    """
+    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gates = torch.empty((3, *dout.shape[:3]), dtype=torch.float32, device=dout.device)
+    deltas = torch.empty_like(gates)
+    _run("fold", combine_fold, (dout, cmp, sel, win, logits), (d_logits, gates, deltas), softmax)
+    return d_logits, gates, deltas
+
+
 def _run(
     name: str, kernel: Any, inputs: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...], softmax: bool
 ) -> None:
     B, T, H, D = inputs[0].shape
-    steps = [_step(x) for x in inputs]
-    flat = None not in steps
-    if flat:  # T and H are then of no account: 1 for all, so that the kernel is specialised once
-        strides = [s for x, step in zip(inputs, steps, strict=True) for s in (0, 0, step, x.stride(3))]
-    else:
-        strides = [s for x in inputs for s in x.stride()]
-    elements, warps = _LAUNCH[name]
-    rows = max(1, elements // triton.next_power_of_2(D))
-    if inputs[0].numel():
-        with on_device(inputs[0]):
-            kernel[(triton.cdiv(B * T * H, rows),)](
-                *inputs, *results, *strides, B * T * H, *((1, 1) if flat else (T, H)),
-                D=D, DP=triton.next_power_of_2(D), ROWS=rows, SOFTMAX=softmax, FLAT=flat, num_warps=warps,
+    *dense, logits = inputs
+    by_token, by_head, logits = _logits(logits)
+    rows, padded, warps = _sizes(name, D)
+    n = B * T * H
+    if n * D:
+        with on_device(logits):
+            kernel[(triton.cdiv(n, rows),)](
+                *[x.contiguous() for x in dense], logits, *results, by_token, by_head, n, H,
+                D=D, DP=padded, ROWS=rows, SOFTMAX=softmax, num_warps=warps,
             )  # fmt: skip
 
 
-def _step(x: torch.Tensor) -> int | None:
-    """From a row (b, t, h) of x [B,T,H,D] to the next, where that is the same for all."""
-    step, rows = 0, 1
-    for size, stride in zip(x.shape[2::-1], x.stride()[2::-1], strict=True):
-        if size > 1:
-            step = stride if rows == 1 else step
-            if stride != rows * step:
-                return None
-            rows *= size
-    return step
+@lru_cache(maxsize=256)
+def _sizes(name: str, D: int) -> tuple[int, int, int]:
+    """Rows of a program, the power of two that holds D, warps."""
+    elements, warps = _LAUNCH[name]
+    padded = triton.next_power_of_2(D)
+    return max(1, elements // padded), padded, warps
+
+
+def _logits(x: torch.Tensor) -> tuple[int, int, torch.Tensor]:
+    """Strides over tokens, a batch's rows following each other, and heads; a copy only where logits lie otherwise."""
+    B, T, H, _ = x.shape
+    by_row, by_token, by_head, by_gate = x.stride()
+    if T == 1:
+        by_token = by_row
+    if by_gate != 1 or (B > 1 and by_row != T * by_token):
+        return 3 * H, 3, x.contiguous()
+    return by_token, by_head, x

@@ -107,10 +107,13 @@ def launches(case: Case, sm: int) -> list[Launch]:
         if "combine" in modules:
             modules["combine"].forward(q, q, q, logits, False)
             modules["combine"].backward(q, q, q, q, logits, False)
+            modules["combine"].fold(q, q, q, q, logits, False)
         if "window" in modules and not modules["window"].unsupported("triton", q, k, k):
             modules["window"].forward(q, k, k, None, PATTERN, case.S, False, "triton")
             if case.T == case.S:
-                modules["window"].backward(q, q, k, k, None, q, lse, PATTERN, case.S, "triton", None, None)
+                past = (q, q, k, k, None, q, lse, PATTERN, case.S, "triton")
+                modules["window"].backward(*past, None, None)
+                modules["window"].backward(*past, lse, lse)
     return recording.launches
 
 

@@ -31,6 +31,7 @@ _WORKSPACE = 256 << 20  # bytes of scores at a time
 _PROGRAMS = 256  # a grid below this is widened by splitting the keys: decode, short tiles
 MAX_HEAD_DIM = 256
 MAX_KEYS = 1 << 16  # a row's scores live in the registers of one program
+_MOST_GRID = 65_535  # programs along a grid's second axis
 
 
 class Tile(NamedTuple):
@@ -67,6 +68,8 @@ def unsupported(backend: str, q: torch.Tensor, k: torch.Tensor, *, blocks: int |
         reasons.append(f"{q.dtype} is not bfloat16, float16 or float32")
     if q.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}")
+    if (rows := q.shape[0] * k.shape[2]) > _MOST_GRID:
+        reasons.append(f"{rows} batch rows times groups are more than {_MOST_GRID}")
     seen = k.shape[1] if blocks is None else blocks
     if seen > MAX_KEYS:
         reasons.append(f"{seen} compressed keys are more than {MAX_KEYS}")
@@ -80,7 +83,7 @@ _VARYING = ["lines", "quads", "first", "rows", "past", "T", "G", "R", "splits"]
 @triton.jit(do_not_specialize=_VARYING)
 def _score(
     q, k, lse, planes,
-    q_b, q_t, q_h, q_d, k_b, k_c, k_g, k_d, lse_b, lse_t, lse_h, lines, quads,
+    q_b, q_t, q_h, k_b, k_c, k_g, lse_b, lse_t, lse_h, lines, quads,
     first, rows, past, G, R, splits, scale,
     D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr,
     PLANES: tl.constexpr, HEADS: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
@@ -108,9 +111,9 @@ def _score(
     c_inside = c_row < rows
     c_time = (first + c_row).to(tl.int64)
     dim = tl.arange(0, BD)
-    q_at = q + b * q_b + c_time[:, None] * q_t + (g * R + c_head)[:, None] * q_h + dim[None, :] * q_d
+    q_at = q + b * q_b + c_time[:, None] * q_t + (g * R + c_head)[:, None] * q_h + dim[None, :]
     lse_at = lse + b * lse_b + c_time * lse_t + (g * R + c_head) * lse_h
-    k_at = k + b * k_b + g * k_g + dim[None, :] * k_d
+    k_at = k + b * k_b + g * k_g + dim[None, :]
 
     if ONE_CHUNK:
         live = c_inside & (c_head < R)
@@ -132,12 +135,13 @@ def _score(
             p = tl.sum(tl.reshape(tl.exp2(s * scale - shift[None, :]), (BM, HEADS, BQ)), 1)
         else:
             p = tl.zeros([BM, BQ], tl.float32)
+            zero = g * 0  # of 64 bits, as a head times its stride may be
             for head in range(0, R, HEADS):
                 live = c_inside & (head + c_head < R)
-                query = tl.load(q_at + head * q_h, mask=live[:, None] & (dim < D)[None, :], other=0.0)
-                shift = tl.load(lse_at + head * lse_h, mask=live, other=float("inf")) * 1.4426950408889634 - HEADROOM
+                query = tl.load(q_at + (zero + head) * q_h, mask=live[:, None] & (dim < D)[None, :], other=0.0)
+                shift = tl.load(lse_at + (zero + head) * lse_h, mask=live, other=float("inf")) * 1.4426950408889634
                 s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-                p += tl.sum(tl.reshape(tl.exp2(s * scale - shift[None, :]), (BM, HEADS, BQ)), 1)
+                p += tl.sum(tl.reshape(tl.exp2(s * scale - (shift - HEADROOM)[None, :]), (BM, HEADS, BQ)), 1)
         # Visibility is the same for all heads, so it is applied to their sum.
         p = tl.where(j[:, None] < seen[None, :], p, 0.0)
         offset = a - plane * STEP
@@ -221,6 +225,7 @@ def select(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, p: Pattern, S: i
     """
     B, T, H, D = q.shape
     G = k.shape[2]
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     blocks = torch.empty(B, T, G, p.n_sel, dtype=torch.int32, device=q.device)
     if blocks.numel() == 0:
         return blocks
@@ -237,7 +242,7 @@ def select(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, p: Pattern, S: i
             tiles = triton.cdiv(rows, cut.queries)
             splits = max(1, min(triton.cdiv(width, cut.blocks), _PROGRAMS // (tiles * B * G)))
             _score[(tiles * splits, B * G, triton.cdiv(planes, 2))](
-                q, k, lse, scores, *q.stride(), *k.stride(), *lse.stride(), lines, quads,
+                q, k, lse, scores, *q.stride()[:3], *k.stride()[:3], *lse.stride(), lines, quads,
                 first, rows, past, G, R, splits, D**-0.5 * _LOG2E,
                 **_score_constants(cut, R, D, q.dtype, p), num_warps=cut.warps, num_stages=cut.stages,
             )  # fmt: skip

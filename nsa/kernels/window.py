@@ -1,4 +1,5 @@
-"""The sliding window in Triton: only the band of keys is walked, with no copy and no workspace but a row's product.
+"""The sliding window in Triton: only the band of keys is walked, with no copy and no workspace but a row's product,
+and not that where the gated sum's backward hands it on.
 
 The rows of a tile are (query, head of the group) pairs, packed with no gap: the heads of a group share every K and V
 they load, and the fewer queries a tile has the less of the band's two corners it computes in vain. Forward and dq own
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,8 +21,6 @@ import triton
 from nsa.blocks import Pattern
 from nsa.kernels import window_device as device
 from nsa.kernels.flash.window import reads
-from nsa.kernels.plain.dense import gated
-from nsa.kernels.plain.window import all_rows, held
 from nsa.kernels.primitives import capability, on_device, padded, precision
 
 # Wider heads read outside their memory on an H200 (Triton 3.6.0, one stage, tiles of 256 columns): cause not found.
@@ -75,119 +75,90 @@ def _operand(x: torch.Tensor) -> torch.Tensor:
     """x as the kernels load it: zero columns change neither scores nor output. A copy only where it is not so."""
     if short := -x.shape[-1] % _EVEN:
         return F.pad(x, (0, short)).contiguous()
-    even = all(stride % _EVEN == 0 for stride in _strides(x))
-    if x.stride(-1) == 1 and even and x.storage_offset() % _EVEN == 0:
+    rows, by_token, by_head = _strides(x)
+    if x.stride(-1) == 1 and (rows | by_token | by_head | x.storage_offset()) % _EVEN == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _strides(x: torch.Tensor) -> tuple[int, ...]:
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
     """All but the last, which is 1; that of an axis of one element, which is never walked, may be anything else."""
-    return tuple(stride if n > 1 else 0 for stride, n in zip(x.stride()[:-1], x.shape[:-1], strict=True))
+    (rows, tokens, heads, _), (by_row, by_token, by_head, _) = x.shape, x.stride()
+    return by_row if rows > 1 else 0, by_token if tokens > 1 else 0, by_head if heads > 1 else 0
 
 
-def _sizes(kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def _sizes(
+    kernel: str, sm: int, dtype: torch.dtype, T: int, R: int, DK: int, DV: int, gated: bool = False
+) -> dict[str, Any]:
     """What a launch is specialised for."""
-    T, R, DK, DV = q.shape[1], q.shape[2] // k.shape[2], q.shape[3], v.shape[3]
-    chosen = launch(kernel, capability(q), max(padded(DK), padded(DV)), q.dtype.itemsize)
+    chosen = launch(kernel, sm, max(padded(DK), padded(DV)), dtype.itemsize)
     rows = min(chosen.rows, padded(T * R))
     sizes = {
         "R": R, "DK": DK, "DV": DV, "DKP": padded(DK), "DVP": padded(DV), "ROWS": rows, "KEYS": chosen.keys,
-        "IP": precision(q.dtype), "ALWAYS": _OLD, "num_warps": chosen.warps, "num_stages": chosen.stages,
+        "IP": precision(dtype), "ALWAYS": _OLD, "num_warps": chosen.warps, "num_stages": chosen.stages,
     }  # fmt: skip
     if chosen.registers:
         sizes["maxnreg"] = chosen.registers
     if kernel != "dkv":
         span = (R - math.gcd(R, rows) + rows - 1) // R + 1
         sizes |= {"SPAN": span, "DIAG": padded(span)}
+    if kernel != "forward":
+        sizes["GATED"] = gated
     return sizes
 
 
-def _place(q: torch.Tensor, k: torch.Tensor, w: int, scale: float) -> tuple[float, int, int, int, int]:
-    """Scale, window, position of the first query, queries, groups: what every kernel is told."""
-    T, K = q.shape[1], k.shape[1]
-    return scale, min(w, K), K - T, T, k.shape[2]
-
-
-def _row_tiles(q: torch.Tensor, k: torch.Tensor, sizes: dict[str, Any]) -> tuple[int, int]:
-    return triton.cdiv(q.shape[1] * sizes["R"], sizes["ROWS"]), q.shape[0] * k.shape[2]
+def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, torch.dtype, int, int, int, int]:
+    """What `_sizes` is asked for: the card, the type, queries, heads a group, head dims."""
+    return capability(q), q.dtype, q.shape[1], q.shape[2] // k.shape[2], q.shape[3], v.shape[3]
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: None, p: Pattern, S: int, count: bool, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out [B,T,H,Dv], lse [B,T,H] fp32, natural, and the keys read [B,G] or []. Shapes as the op's, any strides."""
-    _, k, v = held(k, v, S)
-    n = reads(q.shape[1], k.shape[1], p.w) if count else 0
-    read = q.new_full((q.shape[0], k.shape[2]) if count else (0,), n, dtype=torch.int64)
-    return *_forward(q, k, v, p.w), read
-
-
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,T,H,Dk] are the last T of the K positions that k [B,K,G,Dk] and v [B,K,G,Dv] hold."""
-    scale, DV = q.shape[3] ** -0.5, v.shape[3]
+    (B, T, H, D), G, K, DV = q.shape, k.shape[2], min(S, k.shape[1]), v.shape[3]
+    n = reads(T, K, p.w) if count else 0
+    read = q.new_full((B, G), n, dtype=torch.int64) if count else q.new_empty((0,), dtype=torch.int64)
     q, k, v = _operand(q), _operand(k), _operand(v)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(out.shape[:3], dtype=torch.float32)
+    out = q.new_empty(B, T, H, v.shape[3])
+    lse = q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel():
-        sizes = _sizes("forward", q, k, v)
+        sizes = _sizes("forward", *_shape(q, k, v))
         with on_device(q):
-            device.forward[_row_tiles(q, k, sizes)](
-                q, k, v, out, lse, *_strides(q), *_strides(k), *_strides(v), *_strides(out), *lse.stride(),
-                *_place(q, k, w, scale), **sizes,
-            )  # fmt: skip
-    return out[..., :DV].contiguous(), lse
+            device.forward[(triton.cdiv(T * sizes["R"], sizes["ROWS"]) * B * G,)](
+                q, k, v, out, lse, *_strides(q), *_strides(k), *_strides(v), D**-0.5, min(p.w, K), K - T, T, G, **sizes
+            )
+    return out[..., :DV].contiguous(), lse, read
 
 
 def backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: None, out: torch.Tensor,
     lse: torch.Tensor, p: Pattern, S: int, backend: str, gate: torch.Tensor | None, delta: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; 0 for keys before every window."""
-    _, k_held, v_held = held(k, v, S)
-    dq, dk, dv = _backward(gated(dout, gate), q, k_held, v_held, out, lse, p.w)
-    return dq, all_rows(dk, k), all_rows(dv, v)
+    """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; 0 for keys that no query sees.
 
-
-def _backward(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, w: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scale, DK, DV = q.shape[3] ** -0.5, q.shape[3], v.shape[3]
-    dout, q, k, v, out = (_operand(x) for x in (dout, q, k, v, out))
+    With gate and delta [B,T,H], fp32, of gate * out instead: delta is gate * rowsum(dout * out), and out is not read.
+    """
+    (B, T, H, DK), (_, N, G, DV), K = q.shape, v.shape, min(S, k.shape[1])
+    dout, q, k, v = _operand(dout), _operand(q), _operand(k), _operand(v)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    from_key = max(0, k.shape[1] - q.shape[1] - w + 1) if q.numel() else k.shape[1]
-    dk[:, :from_key].zero_()
-    dv[:, :from_key].zero_()
-    if q.numel():
-        with on_device(q):
-            place = _place(q, k, w, scale)
-            packed, delta = _backward_dq(dout, q, k, v, out, lse, place, dq)
-            _backward_dkv(dout, q, k, v, packed, delta, place, from_key, dk, dv)
+    lse = lse.contiguous()
+    if gate is None or delta is None:
+        gated, beside, delta = False, _operand(out).contiguous(), torch.empty_like(lse)
+    else:
+        gated, beside, delta = True, gate.contiguous(), delta.contiguous()
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
+    place = (DK**-0.5, min(p.w, K), K - T, T, G)
+    with on_device(q):
+        sizes = _sizes("dq", *_shape(q, k, v), gated)
+        device.backward_dq[(triton.cdiv(T * sizes["R"], sizes["ROWS"]) * B * G,)](
+            q, k, v, dout, beside, lse, delta, dq, *strides, *place, **sizes
+        )
+        sizes = _sizes("dkv", *_shape(q, k, v), gated)
+        device.backward_dkv[(triton.cdiv(N, sizes["KEYS"]) * B * G,)](
+            q, k, v, dout, beside, lse, delta, dk, dv, *strides, *place, N, **sizes
+        )
     return dq[..., :DK].contiguous(), dk[..., :DK].contiguous(), dv[..., :DV].contiguous()
-
-
-def _backward_dq(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    place: tuple[float, int, int, int, int], dq: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Write dq; a row's lse and its rowsum(out * dout), as `_backward_dkv` reads them."""
-    packed = torch.empty(lse.numel(), dtype=torch.float32, device=q.device)
-    delta = torch.empty_like(packed)
-    sizes = _sizes("dq", q, k, v)
-    device.backward_dq[_row_tiles(q, k, sizes)](
-        q, k, v, dout, out, lse, packed, delta, dq, *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
-        *_strides(out), *lse.stride(), *_strides(dq), *place, **sizes,
-    )  # fmt: skip
-    return packed, delta
-
-
-def _backward_dkv(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, delta: torch.Tensor,
-    place: tuple[float, int, int, int, int], from_key: int, dk: torch.Tensor, dv: torch.Tensor,
-) -> None:  # fmt: skip
-    """Write dk and dv of the keys from `from_key` on."""
-    sizes = _sizes("dkv", q, k, v)
-    device.backward_dkv[(triton.cdiv(k.shape[1] - from_key, sizes["KEYS"]), q.shape[0] * k.shape[2])](
-        q, k, v, dout, packed, delta, dk, dv, *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
-        *_strides(dk), *_strides(dv), *place, from_key, **sizes,
-    )  # fmt: skip

@@ -1,4 +1,5 @@
-"""The kernels of window.py. Strides are named by tensor and axis: sq_t is q's over tokens.
+"""The kernels of window.py. Strides are named by tensor and axis: sq_t is q's over tokens; the last one of a tensor is
+1. Results, lse, gate and delta are contiguous.
 
 Sizes: R heads a group; DK, DV head dims in tiles of DKP, DVP; ROWS of a tile, a row being one head of one query, packed
 without a gap; SPAN the queries that a tile's rows may touch, in a tile of DIAG keys; KEYS of a tile; IP the precision
@@ -6,12 +7,22 @@ of every dot. Row i of q sees keys first + i - w + 1 .. first + i. Scores are in
 
 Only tiles at the band's edges are masked. That is a branch round the mask alone: one round a load would cost its
 pipelining, and a loop for each kind of tile, its filling and draining. ALWAYS masks every tile, without a branch.
+
+GATED: the gradient of a row's output is dout times the row's gate. The gate multiplies scores, not dout: a tile of dout
+stays in shared memory as it was loaded, and is not rounded twice.
 """
 
 import triton
 import triton.language as tl
 
 from nsa.kernels.primitives import exp2
+
+
+@triton.jit
+def _tile(tiles, G):
+    """This program's tile, batch row and group: one axis of the grid, since the others end at 65,535."""
+    others = tl.program_id(0) // tiles
+    return tl.program_id(0) % tiles, (others // G).to(tl.int64), (others % G).to(tl.int64)
 
 
 @triton.jit
@@ -50,21 +61,20 @@ def _seen_by(token, t, w):
 @triton.jit
 def forward(
     Q, K, V, Out, Lse,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, so_b, so_t, so_h, sl_b, sl_t, sl_h,
-    scale, w, first, T, G,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, scale, w, first, T, G,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, DIAG: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
     ALWAYS: tl.constexpr,
 ):  # fmt: skip
     """A program: ROWS rows of one group against their band of keys."""
-    x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = (tl.program_id(1) // G).to(tl.int64)
-    g = (tl.program_id(1) % G).to(tl.int64)
+    tile, b, g = _tile(tl.cdiv(T * R, ROWS), G)
+    x = tile * ROWS + tl.arange(0, ROWS)
     i = (x // R).to(tl.int64)
     head = g * R + x % R
     ok = x < T * R
+    row = (b * T + i) * (G * R) + head
     t = first + x // R
-    t0 = first + tl.program_id(0) * ROWS // R
+    t0 = first + tile * ROWS // R
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
     keys = K + b * sk_b + g * sk_g + dk[None, :]
     values = V + b * sv_b + g * sv_g + dv[None, :]
@@ -105,42 +115,42 @@ def forward(
         out += tl.dot(p.to(v.dtype), v, input_precision=IP)
         m = above
     tl.store(
-        Out + b * so_b + i[:, None] * so_t + head[:, None] * so_h + dv[None, :],
-        (out / z[:, None]).to(Out.dtype.element_ty), mask=ok[:, None] & (dv[None, :] < DV),
+        Out + row[:, None] * DV + dv[None, :], (out / z[:, None]).to(Out.dtype.element_ty),
+        mask=ok[:, None] & (dv[None, :] < DV),
     )  # fmt: skip
-    tl.store(Lse + b * sl_b + i * sl_t + head * sl_h, m * 0.6931471805599453 + tl.log(z), mask=ok)
+    tl.store(Lse + row, m * 0.6931471805599453 + tl.log(z), mask=ok)
 
 
 @triton.jit
 def backward_dq(
-    Q, K, V, Dout, Out, Lse, Packed, Delta, Dq,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, sd_b, sd_t, sd_h,
-    so_b, so_t, so_h, sl_b, sl_t, sl_h, sdq_b, sdq_t, sdq_h,
-    scale, w, first, T, G,
+    Q, K, V, Dout, GateOrOut, Lse, Delta, Dq,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, sd_b, sd_t, sd_h, scale, w, first, T, G,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, DIAG: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
-    ALWAYS: tl.constexpr,
+    ALWAYS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """A program: dq of ROWS rows of one group; their lse and rowsum(out * dout), [B,G,T*R], for the other kernel."""
-    x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = (tl.program_id(1) // G).to(tl.int64)
-    g = (tl.program_id(1) % G).to(tl.int64)
+    """A program: dq of ROWS rows of one group. Delta is read if GATED, else written, rowsum(out * dout)."""
+    tile, b, g = _tile(tl.cdiv(T * R, ROWS), G)
+    x = tile * ROWS + tl.arange(0, ROWS)
     i = (x // R).to(tl.int64)
     head = g * R + x % R
     ok = x < T * R
+    row = (b * T + i) * (G * R) + head
     t = first + x // R
-    t0 = first + tl.program_id(0) * ROWS // R
+    t0 = first + tile * ROWS // R
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
     keys = K + b * sk_b + g * sk_g + dk[None, :]
     values = V + b * sv_b + g * sv_g + dv[None, :]
     q = _load(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :], ok, dk, DK)
     do = _load(Dout + b * sd_b + i[:, None] * sd_t + head[:, None] * sd_h + dv[None, :], ok, dv, DV)
-    o = _load(Out + b * so_b + i[:, None] * so_t + head[:, None] * so_h + dv[None, :], ok, dv, DV)
-    lse = _in_units(tl.load(Lse + b * sl_b + i * sl_t + head * sl_h, mask=ok, other=0.0), IP)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    place = tl.program_id(1).to(tl.int64) * T * R + x
-    tl.store(Packed + place, lse, mask=ok)
-    tl.store(Delta + place, delta, mask=ok)
+    lse = _in_units(tl.load(Lse + row, mask=ok, other=0.0), IP)
+    if GATED:
+        gate = tl.load(GateOrOut + row, mask=ok, other=0.0)
+        delta = tl.load(Delta + row, mask=ok, other=0.0)
+    else:
+        o = _load(GateOrOut + row[:, None] * DV + dv[None, :], ok, dv, DV)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        tl.store(Delta + row, delta, mask=ok)
     # The keys from the first row's own on, then those before it, as in the forward.
     own = t0 + tl.arange(0, DIAG)
     at = own.to(tl.int64)[:, None]
@@ -148,7 +158,10 @@ def backward_dq(
     own_v = _load(values + at * sv_t, own < first + T, dv, DV)
     see = (own[None, :] <= t[:, None]) & (own[None, :] > (t - w)[:, None])
     own_p = tl.where(see, _weights(tl.dot(q, tl.trans(own_k), input_precision=IP), lse[:, None], scale, IP), 0.0)
-    own_ds = own_p * (tl.dot(do, tl.trans(own_v), input_precision=IP) - delta[:, None])
+    own_dp = tl.dot(do, tl.trans(own_v), input_precision=IP)
+    if GATED:
+        own_dp *= gate[:, None]
+    own_ds = own_p * (own_dp - delta[:, None])
     dq = tl.dot(own_ds.to(own_k.dtype), own_k, input_precision=IP)
     before = tl.minimum(w - 1, t0)
     whole = tl.minimum(before, tl.maximum(w - SPAN, 0)) // KEYS
@@ -165,26 +178,30 @@ def backward_dq(
             p = tl.where(_not_before(token, t - w), p, 0.0)
         elif j >= whole:
             p = tl.where(_not_before(token, t - w), p, 0.0)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision=IP) - delta[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision=IP)
+        if GATED:
+            dp *= gate[:, None]
+        ds = p * (dp - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision=IP)
     tl.store(
-        Dq + b * sdq_b + i[:, None] * sdq_t + head[:, None] * sdq_h + dk[None, :],
-        (dq * scale).to(Dq.dtype.element_ty), mask=ok[:, None] & (dk[None, :] < DK),
+        Dq + row[:, None] * DK + dk[None, :], (dq * scale).to(Dq.dtype.element_ty),
+        mask=ok[:, None] & (dk[None, :] < DK),
     )  # fmt: skip
 
 
 @triton.jit
 def backward_dkv(
-    Q, K, V, Dout, Packed, Delta, Dk, Dv,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, sd_b, sd_t, sd_h,
-    sdk_b, sdk_t, sdk_g, sdv_b, sdv_t, sdv_g, scale, w, first, T, G, from_key,
+    Q, K, V, Dout, Gate, Lse, Delta, Dk, Dv,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, sd_b, sd_t, sd_h, scale, w, first, T, G, N,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr, ALWAYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr, ALWAYS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """A program: dk and dv of KEYS keys of one group, from all rows that see one of them, in order."""
-    s0 = from_key + tl.program_id(0) * KEYS
-    b = (tl.program_id(1) // G).to(tl.int64)
-    g = (tl.program_id(1) % G).to(tl.int64)
+    """A program: dk and dv of KEYS of the N keys of one group, from all rows that see one of them, in order.
+
+    Keys that no row sees, those from first + T on among them, are not read and get 0. Gate is read if GATED.
+    """
+    tile, b, g = _tile(tl.cdiv(N, KEYS), G)
+    s0 = tile * KEYS
     token = s0 + tl.arange(0, KEYS)
     held = token < first + T
     at = token.to(tl.int64)[:, None]
@@ -193,8 +210,6 @@ def backward_dkv(
     v = _load(V + b * sv_b + g * sv_g + at * sv_t + dv[None, :], held, dv, DV)
     queries = Q + b * sq_b + g * R * sq_h + dk[None, :]
     douts = Dout + b * sd_b + g * R * sd_h + dv[None, :]
-    packed = Packed + tl.program_id(1).to(tl.int64) * T * R
-    deltas = Delta + tl.program_id(1).to(tl.int64) * T * R
     # Tiles of rows that see a key of this tile, and among them those of rows that see every key.
     begin = tl.maximum(s0 - first, 0) * R // ROWS
     end = tl.cdiv(tl.minimum(s0 + KEYS + w - 1 - first, T) * R, ROWS)
@@ -207,24 +222,32 @@ def backward_dkv(
         ok = x < T * R
         i = (x // R).to(tl.int64)
         head = (x % R).to(tl.int64)
+        row = (b * T + i) * (G * R) + g * R + head
         # Rows past the last have q, dout, lse and delta 0: they add nothing.
         q = _load(queries + i[:, None] * sq_t + head[:, None] * sq_h, ok, dk, DK)
         do = _load(douts + i[:, None] * sd_t + head[:, None] * sd_h, ok, dv, DV)
-        lse = tl.load(packed + x, mask=ok, other=0.0)
-        delta = tl.load(deltas + x, mask=ok, other=0.0)
+        lse = _in_units(tl.load(Lse + row, mask=ok, other=0.0), IP)
+        delta = tl.load(Delta + row, mask=ok, other=0.0)
         p = _weights(tl.dot(k, tl.trans(q), input_precision=IP), lse[None, :], scale, IP)
         if ALWAYS:  # noqa: SIM114 (known when compiling, the other when running)
             p = tl.where(_seen_by(token, first + x // R, w), p, 0.0)
         elif (j < near) | (j >= far):
             p = tl.where(_seen_by(token, first + x // R, w), p, 0.0)
-        grad_v += tl.dot(p.to(do.dtype), do, input_precision=IP)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=IP) - delta[None, :])
+        dp = tl.dot(v, tl.trans(do), input_precision=IP)
+        if GATED:
+            gate = tl.load(Gate + row, mask=ok, other=0.0)
+            dp *= gate[None, :]
+            grad_v += tl.dot((p * gate[None, :]).to(do.dtype), do, input_precision=IP)
+        else:
+            grad_v += tl.dot(p.to(do.dtype), do, input_precision=IP)
+        ds = p * (dp - delta[None, :])
         grad_k += tl.dot(ds.to(q.dtype), q, input_precision=IP)
+    to = (b * N + at) * G + g
     tl.store(
-        Dk + b * sdk_b + g * sdk_g + at * sdk_t + dk[None, :], (grad_k * scale).to(Dk.dtype.element_ty),
-        mask=held[:, None] & (dk[None, :] < DK),
+        Dk + to * DK + dk[None, :], (grad_k * scale).to(Dk.dtype.element_ty),
+        mask=(token < N)[:, None] & (dk[None, :] < DK),
     )  # fmt: skip
     tl.store(
-        Dv + b * sdv_b + g * sdv_g + at * sdv_t + dv[None, :], grad_v.to(Dv.dtype.element_ty),
-        mask=held[:, None] & (dv[None, :] < DV),
+        Dv + to * DV + dv[None, :], grad_v.to(Dv.dtype.element_ty),
+        mask=(token < N)[:, None] & (dv[None, :] < DV),
     )  # fmt: skip

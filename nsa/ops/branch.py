@@ -4,7 +4,8 @@ A form is a module that `routing.form` names, with
     forward(q, k, v, blocks, pattern, S, count, backend) -> out, lse, reads
     backward(dout, q, k, v, blocks, out, lse, pattern, S, backend, gate, delta) -> dq, dk, dv
 blocks are the selected branch's alone. reads [B,G] int64 are counted where keys are loaded, and empty unless `count`.
-With gate [B,T,H] fp32 the upstream gradient is dout * gate; delta is then gate * rowsum(dout * out).
+With gate [B,T,H] fp32 the upstream gradient is dout * gate; delta is then gate * rowsum(dout * out). A form with
+RAGGED = True also takes `lengths`, and then waits for no device.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def forward(
     q, k, v, blocks = inputs
     if rows is None:
         result = form.forward(q, k, v, blocks, p, S, count, backend)
+    elif _walks_rows(form):
+        result = form.forward(q, k, v, blocks, p, S, count, backend, lengths=rows)
     else:
         lengths = row_lengths(op, _NAMES[op], rows, k, q.shape[1], p)
 
@@ -76,6 +79,8 @@ def backward(
     q, k, v, blocks = inputs
     if rows is None:
         result = form.backward(dout, q, k, v, blocks, out, lse, p, S, backend, gate, delta)
+    elif _walks_rows(form):
+        result = form.backward(dout, q, k, v, blocks, out, lse, p, S, backend, gate, delta, lengths=rows)
     else:
 
         def one(row: slice, at: slice, S: int) -> Three:
@@ -85,6 +90,11 @@ def backward(
         result = by_row(one, q.shape[1], rows.tolist(), 0.0, None, None)
     routing.launches[f"{op}_backward", backend] += 1
     return result
+
+
+def _walks_rows(form: Any) -> bool:
+    """Whether a form takes the lengths themselves, and reads no key past them or past k's end."""
+    return getattr(form, "RAGGED", False)
 
 
 def _rows(x: torch.Tensor | None, row: slice, at: slice) -> torch.Tensor | None:

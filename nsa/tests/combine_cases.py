@@ -36,6 +36,14 @@ def tensors(
     ]
 
 
+def in_a_wider_row(logits: torch.Tensor) -> torch.Tensor:
+    """The same logits as the last columns of a fused projection's rows, the others of which are NaN."""
+    B, T, H, _ = logits.shape
+    wide = logits.new_full((B, T, 5 + 3 * H), torch.nan)
+    wide[..., 5:] = logits.flatten(2)
+    return wide[..., 5:].unflatten(-1, (H, 3))
+
+
 def by_kernel(
     inputs: list[torch.Tensor], softmax: bool, guard: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> tuple[torch.Tensor, ...]:
@@ -50,6 +58,41 @@ def by_kernel(
             return out, *kernel.backward(dout, cmp, sel, win, logits, softmax)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def folded(
+    inputs: list[torch.Tensor], softmax: bool, guard: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> list[str]:
+    """Where `fold` is further from fp64 than a dtype's sums allow: gates, deltas and the gradient of the logits."""
+    from nsa.kernels import combine as kernel
+
+    cmp, sel, win, dout, logits = inputs
+    torch.use_deterministic_algorithms(True)
+    try:
+        with guard():
+            d_logits, *rows = kernel.fold(dout, cmp, sel, win, logits, softmax)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = logits.detach().double().requires_grad_()
+    g = exact.softmax(-1) if softmax else exact.sigmoid()
+    branches = torch.stack([x.double() for x in (cmp, sel, win)])
+    products = (dout.double() * branches).sum(-1)
+    wanted = torch.autograd.grad((g.movedim(-1, 0) * products).sum(), exact)[0]
+    g = g.detach().movedim(-1, 0)
+    # Of what is summed, a share of which may cancel.
+    most = ((dout.double() * branches).abs().sum(-1) * g).sum(0)
+    found = []
+    for name, got, want, size, eps in (
+        ("gates", rows[0], g, torch.ones_like(g), 2e-6),
+        ("deltas", rows[1], g * products, most.expand_as(g), 2e-6),
+        ("d_logits", d_logits, wanted, most.unsqueeze(-1), max(2e-6, torch.finfo(logits.dtype).eps)),
+    ):
+        want_dtype = logits.dtype if name == "d_logits" else torch.float32
+        if (got.shape, got.dtype, got.is_contiguous()) != (want.shape, want_dtype, True):
+            found.append(f"{name}: {tuple(got.shape)} {got.dtype}, strides {got.stride()}")
+        elif not bool(((got.double() - want).abs() <= eps * size).all()):
+            found.append(f"{name} off by {float(((got.double() - want).abs() / size).nan_to_num(torch.inf).max()):.1e}")
+    return found
 
 
 def by_autograd(

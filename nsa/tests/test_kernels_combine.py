@@ -36,20 +36,51 @@ def test_any_strides(interpreted, shape, softmax):
     assert interpreted(_strided, shape, torch.float32, softmax) == []
 
 
-def _steps():
-    from nsa.kernels.combine import _step
+def _folded(shape, dtype, softmax, kind):
+    inputs = cases.tensors(shape, dtype, contiguous=kind != "strided")
+    if kind == "fused":
+        inputs[4] = cases.in_a_wider_row(inputs[4])
+    if kind == "saturated":
+        inputs[4][:, ::2] = torch.tensor([-200.0, 0.0, 200.0])
+    return cases.folded(inputs, softmax, _bounds_checked)
 
-    x = torch.zeros(2, 3, 4, 8)
-    wide = torch.zeros(2, 3, 4, 16)[..., :8]
-    return [
-        _step(y)
-        for y in (x, wide, x[:1], x[:, 1:2], x[:, :, 2:3], x[:, :2], x[:, :, :2], x.transpose(1, 2), x[:1, :1, :1])
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("kind", ["contiguous", "fused", "strided", "saturated"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 33, 3, 128), DTYPES[0]), ((1, 70, 6, 64), DTYPES[2]), ((3, 1, 5, 48), DTYPES[1]), ((2, 9, 1, 7), DTYPES[2])],
+)
+def test_the_backward_that_hands_on_gates_and_deltas(interpreted, shape, dtype, softmax, kind):
+    assert interpreted(_folded, shape, dtype, softmax, kind) == []
+
+
+def _layouts():
+    from nsa.kernels.combine import _logits
+
+    x = torch.zeros(2, 4, 5, 3)
+    wide = cases.in_a_wider_row(x)
+    cut = torch.zeros(2, 6, 5, 3)[:, :4]
+    layouts = (x, wide, wide[:, :1], cut[:1], cut, x.movedim(-1, 0).contiguous().movedim(0, -1))
+    return [(_logits(y)[:2], _logits(y)[2] is y) for y in layouts]
+
+
+def test_logits_are_copied_only_where_their_tokens_do_not_follow_each_other(interpreted):
+    """As they are: columns of a wider row, one token of each sequence, one sequence. Not: a cut within the batch."""
+    assert interpreted(_layouts) == [
+        *[((15, 3), True), ((20, 3), True), ((80, 3), True), ((15, 3), True)],
+        *[((15, 3), False)] * 2,
     ]
 
 
-def test_rows_that_lie_evenly_are_found_whatever_the_sizes_of_one(interpreted):
-    """All of them, as columns of a wider tensor, one row of the batch, one token, one head: yes; a cut within: no."""
-    assert interpreted(_steps) == [8, 16, 8, None, 32, None, None, None, 0]
+def _fused():
+    inputs = cases.tensors((2, 33, 3, 32), torch.float32)
+    inputs[4] = cases.in_a_wider_row(inputs[4])
+    return cases.complaints(inputs, cases.by_kernel(inputs, True, _bounds_checked), True)
+
+
+def test_logits_among_the_columns_of_a_fused_projection(interpreted):
+    assert interpreted(_fused) == []
 
 
 def _extreme(softmax):

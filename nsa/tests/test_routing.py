@@ -250,13 +250,49 @@ def test_a_triton_kernel_runs_unasked_only_on_a_card_where_it_was_measured(flags
 
 
 @pytest.mark.parametrize(("proof", "backend"), [("measured", "triton"), ("compiled", "flash")])
-def test_the_window_in_triton_heeds_fa2_asked_for_and_no_flag_of_selection(flags, monkeypatch, proof, backend):
+def test_the_window_in_triton_is_asked_for_with_the_others_and_heeds_fa2_asked_for(flags, monkeypatch, proof, backend):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(routing, "triton_version", lambda: "3.7.1")
     monkeypatch.setattr(routing, "TRITON_PROOF", {"window": {90: proof}})
-    for wanted in ("0", "1"):
-        flags(NSA_USE_TRITON_SEL=wanted)
-        assert routing.choose("window").backend == backend
+    flags(NSA_USE_TRITON_SEL="0")  # says something of the selection's kernels alone
+    assert routing.choose("window").backend == backend
+    flags(NSA_USE_TRITON_SEL="1")
+    assert routing.choose("window").backend == "triton"
     flags(NSA_USE_FA2="1")
     assert routing.choose("window").backend == "flash"
+
+
+@pytest.mark.parametrize(
+    ("card", "line"),
+    [((8, 0), "export NSA_USE_TRITON_SEL=1"), ((8, 9), "export NSA_USE_TRITON_SEL=1 NSA_TRITON_SEL_FORCE=1")],
+)
+def test_the_owner_of_a_card_that_was_not_measured_is_told_one_line(flags, monkeypatch, card, line):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: card)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
+    monkeypatch.setattr(routing, "triton_version", lambda: "3.7.1")
+    assert routing.snapshot()["to_use_every_kernel"] == line
+    flags(**dict(word.split("=") for word in line.split()[1:]))
+    assert routing.snapshot()["to_use_every_kernel"] is None
+    assert {op: routing.choose(op).backend for op in ("selection", "selected", "window", "combine")} == dict.fromkeys(
+        ("selection", "selected", "window", "combine"), "triton"
+    )
+
+
+def test_a_plan_is_made_once_a_shape_and_none_for_a_length_that_grows(monkeypatch):
+    from nsa import plan
+
+    made = []
+    monkeypatch.setattr(plan, "_make", lambda *args, stock=plan._make: made.append(1) or stock(*args))
+    plan._plans.clear()
+    q, k, v = inputs(1, 1, 9, dtype=torch.float32)
+    logits = torch.zeros(1, 1, 4, 3)
+    plans = {id(plan.Plan.of(q, k, v, logits, CFG.pattern, S, training=False)) for S in range(64, 80)}
+    assert len(made) == len(plans) <= 2
+    made.clear()
+    plan.Plan.of(*inputs(2, 1, 9, dtype=torch.float32), logits, CFG.pattern, 64, training=False)
+    assert len(made) == 1
+    for B in range(1, 600):
+        plan.Plan.of(q.expand(B, -1, -1, -1), k, v, logits, CFG.pattern, 64, training=False)
+    assert len(plan._plans) <= 256

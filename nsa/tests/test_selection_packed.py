@@ -202,7 +202,7 @@ def test_random_scores_differ_by_near_ties_only(dtype):
 
 
 def test_the_measure_of_regret_sees_a_bad_choice():
-    scores = torch.tensor([1.0, 0.5, 0.4999, 0.1]).view(1, 1, 1, 4)
+    scores = torch.tensor([1.0, 0.5, 0.4999, 0.1], dtype=torch.float64).view(1, 1, 1, 4)
     best, near, bad = (torch.tensor(row).view(1, 1, 1, 2) for row in ([0, 1], [0, 2], [0, 3]))
     assert regrets(best, scores, best) == (0.0, 0.0)
     assert regrets(near, scores, best) == (1.0, pytest.approx(2e-4, rel=1e-3))

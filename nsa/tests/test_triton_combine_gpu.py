@@ -24,6 +24,19 @@ def test_output_and_gradients_are_no_further_off_than_the_plain_form(needs, laun
             assert cases.complaints(inputs, tuple(got), softmax) == [], f"{shape}, contiguous: {contiguous}"
 
 
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_backward_that_hands_on_gates_and_deltas(needs, dtype, softmax):
+    needs("combine", "triton", dtype)
+    for shape in SHAPES:
+        for contiguous in (True, False):
+            inputs = cases.tensors(shape, dtype, contiguous=contiguous, device="cuda")
+            assert cases.folded(inputs, softmax) == [], f"{shape}, contiguous: {contiguous}"
+            if contiguous:
+                inputs[4] = cases.in_a_wider_row(inputs[4])
+                assert cases.folded(inputs, softmax) == [], f"{shape}, logits of a fused projection"
+
+
 def test_equal_runs_are_equal_bit_for_bit(needs, launched):
     needs("combine", "triton")
     inputs = cases.tensors((2, 333, 12, 64), torch.bfloat16, device="cuda")

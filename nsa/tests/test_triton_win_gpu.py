@@ -59,6 +59,14 @@ def test_lse_and_keys_before_every_window(needs, launched):
         assert cases.excess(shape, w, HALF, device="cuda") == {}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gate_of_each_row_scales_the_gradient_of_its_output(needs, dtype):
+    needs("window", "triton", dtype)
+    for shape, w in (((2, 333, 700, 2, 6, 64, 64), 129), ((1, 200, 200, 1, 16, 128, 128), 100)):
+        for contiguous in (True, False):
+            assert cases.excess(shape, w, dtype, device="cuda", contiguous=contiguous, gated=True) == {}, shape
+
+
 def test_ragged_rows_see_their_own_length_only(needs, launched):
     needs("window", "triton")
     cfg, lengths = NSAConfig(w=64), [500, 9, 133]

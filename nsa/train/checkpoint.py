@@ -26,6 +26,7 @@ _NAME = re.compile(r"checkpoint_(\d+)\.pt")
 _FREE = {
     "runtime.device",
     "runtime.gradient_checkpointing",
+    "runtime.compile",
     "runtime.ddp",
     "train.log_every",
     "train.eval_every",

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 from pydantic import Field as Limit
 
 from nsa.config import ModelConfig, NSAConfig
@@ -45,13 +45,23 @@ class DataConfig(Section):
     hub_subset: str = "sample-10BT"
 
 
+def _switch(value: Any) -> Any:
+    """YAML 1.1 reads a bare on or off as a boolean."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class RuntimeConfig(Section):
-    """device auto takes CUDA where there is one; precision bf16 is autocast over fp32 weights; ddp as `dist.init`."""
+    """device auto takes CUDA where there is one; precision bf16 is autocast over fp32 weights; ddp as `dist.init`;
+    compile auto compiles the blocks on CUDA where that was measured (`nsa.model.compile_blocks`); reduce is the dtype in
+    which the ranks exchange gradients.
+    """
 
     device: str = Limit("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     gradient_checkpointing: bool = False
     ddp: Literal[-1, 0, 1] = -1
+    reduce: Literal["fp32", "bf16"] = "fp32"
 
 
 class LoopConfig(Section):

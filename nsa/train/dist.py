@@ -13,6 +13,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nsa.train.errors import ConfigError, TrainError
 
@@ -22,6 +24,10 @@ T = TypeVar("T")
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # A rank that waits longer than this for another fails, so that a run ends rather than hangs.
 PATIENCE = timedelta(minutes=10)
+# About one layer's gradient in the 125M model (28 MB in fp32), which a compiled block's backward hands over at once.
+# NCCL is near its full rate from some 16 MB on; smaller buckets launch more kernels, which take multiprocessors from
+# the backward, and larger ones set out later.
+_BUCKET_MB = 32
 
 
 def rank() -> int:
@@ -50,6 +56,12 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         td.all_reduce(total)
         return [float(value) for value in total.tolist()]
+
+    def add_up(self, values: torch.Tensor) -> td.Work | None:
+        """Begin to sum a tensor over the ranks, in place. Its wait() holds up the device's stream, not the host, on
+        CUDA; over gloo the host. None without a process group.
+        """
+        return td.all_reduce(values, async_op=True) if self.ddp else None
 
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of each rank, by rank, on rank 0; an empty list on the others."""
@@ -124,6 +136,32 @@ def _device(name: str, local_rank: int, join: bool) -> torch.device:
             "start fewer processes (--nproc_per_node) or name another card"
         )
     return torch.device("cuda", index)
+
+
+def data_parallel(module: nn.Module, world: World, reduce: str) -> nn.Module:
+    """The module with its gradients averaged over the ranks as the backward goes; itself without a process group.
+
+    reduce: fp32, or bf16, which halves what is sent and rounds it. Raises ConfigError where that cannot be done.
+    """
+    if reduce == "bf16" and world.device.type != "cuda":
+        raise ConfigError(f"runtime.reduce = bf16: NCCL can, gloo on a {world.device.type} cannot; set it to fp32")
+    if not world.ddp:
+        return module
+    # Gradients are views of the buckets, so they are not held and copied twice. No static graph: it would spare a
+    # search for unused parameters that is not made, and it takes the first backward for every other, while under
+    # accumulation the first ones do not exchange. Buffers are tables that every rank computes alike.
+    wrapped = DistributedDataParallel(
+        module,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=_BUCKET_MB,
+    )
+    if reduce == "bf16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
 def slice_of(rows: int, world: World, name: str) -> range:

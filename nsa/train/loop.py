@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import random
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from nsa import model as models
 from nsa import routing
-from nsa.model import Transformer
 from nsa.records import TrainRow, ValRow
 from nsa.train import checkpoint, dist
 from nsa.train.config import TrainConfig
 from nsa.train.data import Source, open_data, seed_of
-from nsa.train.errors import CheckpointError, ConfigError, NonFiniteError
-from nsa.train.optim import build_optimizer, build_scheduler
+from nsa.train.errors import CheckpointError, ConfigError, LostDataError, NonFiniteError, TrainError
+from nsa.train.loader import Loader
+from nsa.train.optim import lr_at, restore
+from nsa.train.step import Launched, Mark, News, Outcome, Stepper, autocast, runs_ahead
 from nsa.train.telemetry import RunLog, check_target, environment, peak_memory, prepare, say
 
 # A signal again within this time is the same one: a launcher forwards what the terminal already sent to the group.
 _SAME_SIGNAL_S = 0.5
+# A step that waited longer than this for its data is told of at the terminal.
+_SLOW_DATA_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,6 @@ class TrainResult:
     loss_last: float
     checkpoint: Path
     signum: int | None = None
-
-
-class _Loss(nn.Module):
-    """The loss as a forward, which is what DDP hooks into."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.model.loss(ids, targets)
 
 
 class Stop:
@@ -89,7 +82,8 @@ class Stop:
 def train(cfg: TrainConfig, *, emit: Callable[[str], None] = print) -> TrainResult:
     """Train as configured; `emit` takes the log lines of rank 0.
 
-    Raises TrainError: UsageError before anything is trained, NonFiniteError naming the step, SaveError.
+    Raises TrainError: UsageError before anything is trained, NonFiniteError naming the step, SaveError, and
+    LostDataError, with a checkpoint of the last step whose data was whole.
     """
     stop = Stop()
     try:
@@ -98,33 +92,63 @@ def train(cfg: TrainConfig, *, emit: Callable[[str], None] = print) -> TrainResu
         raise ConfigError(str(error)) from error
     world = dist.init(cfg.runtime.ddp, cfg.runtime.device)
     try:
+        if cfg.train.save is not None:
+            check_target(Path(cfg.train.save))
         with stop.listening():
-            return _Run(cfg, world, stop, emit).run()
+            source = open_data(cfg, world)
+            with closing(Loader(source, world.device)) as loader:
+                return _Run(cfg, world, stop, emit, source, loader).run()
     finally:
         world.close()
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that was launched and is not yet told of. `before` is the data position that it started from."""
+
+    number: int
+    lr: float
+    before: dict[str, Any]
+    epoch: int
+    launched: Launched
 
 
 class _Run:
     """The parts of one run and the steps that use them."""
 
-    def __init__(self, cfg: TrainConfig, world: dist.World, stop: Stop, emit: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        world: dist.World,
+        stop: Stop,
+        emit: Callable[[str], None],
+        source: Source,
+        loader: Loader,
+    ) -> None:
         self.cfg, self.world, self.stop, self.emit = cfg, world, stop, emit
+        self.source, self.loader = source, loader
         self.out_dir = Path(cfg.train.out_dir)
-        self.step = 0
-        self.history = {
+        # `launched` counts the steps begun, `step` those that are done and told of.
+        self.step = self.launched = 0
+        self.flying: deque[_Flight] = deque()
+        self.history: dict[str, Any] = {
             "loss_first": math.nan,
             "loss_last": math.nan,
             "val_loss": math.nan,
             "tokens": 0,
+            "timed_tokens": 0,
             "seconds": 0.0,
+            "waited": 0.0,
         }
-        if cfg.train.save is not None:
-            check_target(Path(cfg.train.save))
-        self.source: Source = open_data(cfg, world)
         self._build()
         resumed = self._resume()
         self.latest = resumed[0] if resumed else self.out_dir
         self.since = _Meter()
+        self.first_step_s: float | None = None
+        self.begin: Mark | None = None
+        self.signum = 0
+        self.lost: LostDataError | None = None
+        self.epoch = self.loader.epoch
         self.silent = False
         world.on_main(lambda: prepare(self.out_dir, resumed))
 
@@ -132,14 +156,24 @@ class _Run:
         """The same weights on every rank, then generators that differ by rank."""
         cfg, device = self.cfg, self.world.device
         _seed_all(cfg.train.seed)
-        self.model = Transformer(cfg.model).to(device)
+        self.model = models.Transformer(cfg.model).to(device)
         self.model.gradient_checkpointing = cfg.runtime.gradient_checkpointing
-        loss = _Loss(self.model)
-        cards = [device.index] if device.type == "cuda" else None
-        self.loss: nn.Module = DistributedDataParallel(loss, device_ids=cards) if self.world.ddp else loss
-        self.optimizer = build_optimizer(self.model, cfg.train, device)
-        self.scheduler = build_scheduler(self.optimizer, cfg.train)
+        self.compiled = self._compile()
+        self.stepper = Stepper(self.model, cfg, self.world, ahead=runs_ahead(device))
+        self.peak = _peak_tokens(cfg, self.world)
         _seed_all(seed_of(cfg.train.seed, "rank", self.world.rank))
+
+    def _compile(self) -> bool:
+        """Compile the blocks if the configuration says so; whether they are."""
+        if not getattr(self.cfg.runtime, "compile", False):
+            return False
+        if self.world.ddp:
+            # It would cut each block's graph at bucket borders; a block's gradients are about a bucket as they are.
+            torch._dynamo.config.optimize_ddp = False
+        why_not: str | None = models.compile_blocks(self.model)  # type: ignore[attr-defined]
+        if self.world.is_main:
+            say(f"blocks run eagerly: {why_not}" if why_not else "blocks are compiled: the first step takes longer")
+        return why_not is None
 
     def _resume(self) -> tuple[Path, int] | None:
         """Put everything back as the checkpoint has it; its path and step, or None for a new run."""
@@ -151,117 +185,172 @@ class _Run:
         if state["step"] > self.cfg.train.steps:
             raise CheckpointError(f"{path}: is at step {state['step']}, past train.steps = {self.cfg.train.steps}")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        restore(self.stepper.optimizer, state["optimizer"])
         ranks: list[dict[str, Any]] = state["ranks"]
         known = self.world.rank < len(ranks)
-        self.source.load_state_dict(ranks[self.world.rank if known else 0]["data"])
+        self.loader.load_state_dict(ranks[self.world.rank if known else 0]["data"])
         if known:  # a rank that the checkpoint does not know draws from its own fresh seed
             checkpoint.set_rng_state(ranks[self.world.rank]["rng"], self.world.device)
-        self.step, self.history = state["step"], state["history"]
+        self.step = self.launched = state["step"]
+        self.history.update(state["history"])
         if self.world.is_main:
             say(f"resumed from {path} at step {self.step} of {self.cfg.train.steps}")
         return path, self.step
 
     def run(self) -> TrainResult:
         """Steps until the last, or until a signal."""
-        train = self.cfg.train
-        self.log = RunLog(self.out_dir, self.world, train.steps, self.step, self.emit)
-        try:
+        self.log = RunLog(self.out_dir, self.world, self.cfg.train.steps, self.step, self.emit)
+        with closing(self.log):
             self._write_environment()
             self.log.heartbeat("start", self.step)
-            signum = 0
-            while self.step < train.steps and not signum:
-                row, norm, signum = self._train_step()
-                done = self.step == train.steps
-                self._report(row, norm, last=done or signum != 0)
-                if train.eval_every and (self.step % train.eval_every == 0 or done):
-                    self._validate()
-                if done or signum or (train.save_every and self.step % train.save_every == 0):
-                    self.latest = checkpoint.path_of(self.out_dir, self.step)
-                    self._save(self.latest)
-                if train.save is not None and (done or signum):
-                    self._save(Path(train.save))
-            self._write_metrics(signum)
+            try:
+                while self.launched < self.cfg.train.steps and not self.signum:
+                    self._launch()
+                    self._settle(keep=1 if self.stepper.ahead else 0)
+                    self._between_steps()
+            except _NoDataError as broken:
+                self._end_without_data(broken)
+            self._write_metrics(signal.Signals(self.signum).name if self.signum else "finished")
             self.log.heartbeat("end", self.step)
-        finally:
-            self.log.close()
         return TrainResult(
-            self.step, self.history["loss_first"], self.history["loss_last"], self.latest, signum or None
+            self.step, self.history["loss_first"], self.history["loss_last"], self.latest, self.signum or None
         )
 
-    def _report(self, row: TrainRow, norm: float, *, last: bool) -> None:
-        """Every step's row; a log line when one is due, with the speed since the one before."""
-        self.since.add(row, self._tokens_per_step)
-        self.log.row(row)
-        if self.step == 1 or self.step % self.cfg.train.log_every == 0 or last:
-            self.log.line(self.since.row(), grad=f"{norm:.3f}")
-            self.since = _Meter()
+    def _between_steps(self) -> None:
+        """Validation and checkpoints when they are due; both see every launched step done and told of."""
+        train, step = self.cfg.train, self.launched
+        done = step == train.steps
+        evaluate = train.eval_every and (step % train.eval_every == 0 or done)
+        save = done or (train.save_every and step % train.save_every == 0)
+        if not (evaluate or save or self.signum):
+            return
+        self._settle()
+        if evaluate:
+            self._validate()
+        if save or self.signum:
+            self.latest = checkpoint.path_of(self.out_dir, self.step)
+            self._save(self.latest, self.loader.state_dict())
+        if train.save is not None and (done or self.signum):
+            self._save(Path(train.save), self.loader.state_dict())
 
-    @property
-    def _tokens_per_step(self) -> int:
+    # --- a step ---
+
+    def _launch(self) -> None:
+        """Launch the next optimizer step."""
+        number, lr, before = self.launched + 1, lr_at(self.launched, self.cfg.train), self.loader.state_dict()
+        waited, told = self.loader.waited, 0
+
+        def news() -> News:
+            nonlocal told
+            told = self.stop.signum
+            return News(told, self.loader.waited - waited, self.lost is not None)
+
+        def judge(outcome: Outcome) -> None:
+            self._judge(number, before, outcome)
+
+        try:
+            launched = self.stepper.launch(lr, self._windows, news, judge, self.begin)
+        except torch.cuda.OutOfMemoryError as error:
+            raise TrainError(self._too_large(number)) from error
+        self.begin, self.launched = launched.end, number
+        self.flying.append(_Flight(number, lr, before, self.loader.epoch, launched))
+        if not self.world.ddp:  # nobody else has to agree
+            self.signum = self.signum or told
+
+    def _windows(self) -> torch.Tensor:
+        """The next micro-batch; zeros once the data has broken off, so that no rank waits for this one's part."""
+        if self.lost is None:
+            try:
+                return self.loader.next()
+            except LostDataError as error:
+                self.lost = error
         train = self.cfg.train
-        return train.batch_size * train.accumulate_grad_batches * train.seq_len
+        shape = (train.batch_size // self.world.size, train.seq_len + 1)
+        return torch.zeros(shape, dtype=torch.int64, device=self.world.device)
 
-    def _train_step(self) -> tuple[TrainRow, float, int]:
-        """One optimizer step: its row, the gradient's norm before clipping, and the signal to stop for (0: none)."""
-        train, began = self.cfg.train, time.perf_counter()
-        number = self.step + 1
-        # Every micro-batch of every rank has the same number of targets, so the mean of means is the mean.
-        share = 1.0 / train.accumulate_grad_batches
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        self.model.train()
-        for micro in range(train.accumulate_grad_batches):
-            windows = self.source.batch().to(self.world.device)
-            with self._no_sync(micro + 1 < train.accumulate_grad_batches):
-                with self._autocast():
-                    loss = self.loss(windows[:, :-1], windows[:, 1:])
-                (loss * share).backward()
-            total += loss.detach().double() * share
-        signum = self.stop.signum
-        summed, terms, ints = self.world.sum(total.item(), signum == signal.SIGTERM, signum == signal.SIGINT)
-        mean = summed / self.world.size
-        norm = self._finite_norm(number, mean)
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
-        self.step = number
-        seconds = time.perf_counter() - began
-        self.history["loss_first"] = mean if number == 1 else self.history["loss_first"]
-        self.history["loss_last"] = mean
-        self.history["tokens"] += self._tokens_per_step
-        self.history["seconds"] += seconds
-        agreed = signal.SIGTERM if terms else signal.SIGINT if ints else 0
-        return TrainRow(number, mean, lr, self._tokens_per_step / seconds), norm, int(agreed)
+    def _too_large(self, number: int) -> str:
+        train = self.cfg.train
+        return (
+            f"step {number}: {self.world.device} has not the memory for {train.batch_size // self.world.size} windows "
+            f"of {train.seq_len} tokens;\nlower train.batch_size and raise train.accumulate_grad_batches, or set "
+            "runtime.gradient_checkpointing=true"
+        )
 
-    def _finite_norm(self, number: int, loss: float) -> float:
-        """Clip; the norm before. Raises NonFiniteError, on every rank alike, before the weights are touched."""
-        clip = self.cfg.train.grad_clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)) if math.isfinite(loss) else math.nan
-        if math.isfinite(loss) and math.isfinite(norm):
-            return norm
-        what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    def _settle(self, keep: int = 0) -> None:
+        """Tell of the launched steps, oldest first, all but the newest `keep`. The ranks agree on what they learn."""
+        while len(self.flying) > keep:
+            flight = self.flying.popleft()
+            outcome = flight.launched.outcome()
+            self._judge(flight.number, flight.before, outcome)
+            self.signum = self.signum or outcome.signum
+            self._tell(flight, outcome)
+        if not keep:
+            self.begin = None  # what comes between is no step's time
+
+    def _judge(self, number: int, before: dict[str, Any], outcome: Outcome) -> None:
+        """Raise, on every rank alike, if the step changed no weights: NonFiniteError or _NoDataError."""
+        if outcome.lost:
+            raise _NoDataError(number, before, outcome.lost[0])
+        if outcome.finite:
+            return
+        nan_loss = not math.isfinite(outcome.loss)
+        what = f"the loss is {outcome.loss}" if nan_loss else f"the gradient's norm is {outcome.norm}"
         good = self.world.on_main(lambda: checkpoint.last_good(self.out_dir))
         kept = f"go on from {good} with --resume" if good else "start again (no checkpoint was due yet)"
         raise NonFiniteError(
             f"step {number}: {what}; stopped before the weights changed;\n{kept}, with a lower train.lr"
         )
 
-    def _no_sync(self, wait: bool) -> AbstractContextManager[Any]:
-        """Only the last micro-batch's backward exchanges gradients."""
-        return self.loss.no_sync() if wait and isinstance(self.loss, DistributedDataParallel) else nullcontext()
+    def _tell(self, flight: _Flight, outcome: Outcome) -> None:
+        """A step's row, its share of the run's totals, and a log line when one is due."""
+        train, history, tokens, seconds = self.cfg.train, self.history, self._tokens_per_step, flight.launched.seconds()
+        self.step, waited, first = flight.number, max(outcome.waited), self.first_step_s is None
+        history["loss_first"] = outcome.loss if self.step == 1 else history["loss_first"]
+        history["loss_last"] = outcome.loss
+        history["tokens"] += tokens
+        history["waited"] += waited
+        if first:  # compiles, and warms allocators and caches: not the run's speed
+            self.first_step_s = seconds
+        else:
+            history["timed_tokens"] += tokens
+            history["seconds"] += seconds
+        row = TrainRow(self.step, outcome.loss, flight.lr, tokens / seconds)
+        self.log.row(row)
+        self._tell_of_data(flight, outcome, waited)
+        self.since.add(tokens, seconds, waited)
+        done = self.launched == train.steps or self.signum
+        if self.step == 1 or self.step % train.log_every == 0 or (self.step == self.launched and done):
+            speed = self.since.toks_per_s
+            line = TrainRow(row.step, row.loss, row.lr, speed)
+            self.log.line(line, mfu=self._mfu(speed), wait=self.since.waited, grad=outcome.norm)
+            self.since = _Meter()
+        elif first:
+            self.since = _Meter()
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.cfg.runtime.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+    def _tell_of_data(self, flight: _Flight, outcome: Outcome, waited: float) -> None:
+        if waited > _SLOW_DATA_S and self.world.is_main:
+            rank = outcome.waited.index(waited)
+            say(f"step {self.step} waited {waited:.0f} s for the data of rank {rank}: its source is slow")
+        if flight.epoch > self.epoch:
+            self.epoch = flight.epoch
+            if self.world.is_main:
+                say(f"step {self.step}: the text was used up, epoch {self.epoch + 1} has begun")
+
+    @property
+    def _tokens_per_step(self) -> int:
+        train = self.cfg.train
+        return train.batch_size * train.accumulate_grad_batches * train.seq_len
+
+    def _mfu(self, toks_per_s: float | None) -> float | None:
+        return None if self.peak is None or toks_per_s is None else toks_per_s / self.peak
+
+    # --- between steps ---
 
     def _validate(self) -> None:
         """Mean loss of the held-out windows, over all ranks; nothing if none are held out."""
         self.model.eval()
         loss_sum, tokens = 0.0, 0
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self.cfg, self.world.device):
             for windows in self.source.validation(self.cfg.train.eval_batches):
                 if len(windows):
                     windows = windows.to(self.world.device)
@@ -277,10 +366,9 @@ class _Run:
             self.silent = True
             say(f"no held-out window of {self.cfg.train.seq_len} tokens: no val.csv; raise data.val_fraction")
 
-    def _save(self, path: Path) -> None:
+    def _save(self, path: Path, data: dict[str, Any]) -> None:
         """Rank 0 writes; every rank gives its generators and data position, and learns of a failure."""
-        mine = {"rng": checkpoint.rng_state(self.world.device), "data": self.source.state_dict()}
-        ranks = self.world.gather(mine)
+        ranks = self.world.gather({"rng": checkpoint.rng_state(self.world.device), "data": data})
 
         def write() -> None:
             state = {
@@ -288,8 +376,7 @@ class _Run:
                 "step": self.step,
                 "config": self.cfg.as_dict(),
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
+                "optimizer": self.stepper.optimizer.state_dict(),
                 "ranks": ranks,
                 "history": self.history,
             }
@@ -298,13 +385,27 @@ class _Run:
         self.world.on_main(write)
         self.log.saved(self.step, path)
 
+    def _end_without_data(self, broken: _NoDataError) -> NoReturn:
+        """A checkpoint of the last step that all ranks had data for, and the error of the rank that had none."""
+        self.flying.clear()
+        if self.step and self.latest != checkpoint.path_of(self.out_dir, self.step):
+            self.latest = checkpoint.path_of(self.out_dir, self.step)
+            self._save(self.latest, broken.before)
+        self._write_metrics("lost data")
+        errors = self.world.gather(self.lost and str(self.lost))
+        said = self.world.share(errors[broken.rank] if errors else None)
+        kept = f"go on from {self.latest} with --resume" if self.step else "nothing was trained"
+        raise LostDataError(f"step {broken.number}: {said};\n{kept}")
+
     def _write_environment(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
         facts = {**environment(self.world), "parameters": parameters, "data": self.source.summary}
         self.log.document("env.json", {**facts, "config": self.cfg.as_dict()})
 
-    def _write_metrics(self, signum: int) -> None:
+    def _write_metrics(self, ended: str) -> None:
+        """toks_per_s is of all steps but the first of every start, which compiles; that one's time is first_step_s."""
         train, history = self.cfg.train, self.history
+        speed = history["timed_tokens"] / history["seconds"] if history["seconds"] else None
         metrics = {
             "device": str(self.world.device),
             "dtype": self.cfg.runtime.precision,
@@ -315,31 +416,53 @@ class _Run:
             "loss_first": history["loss_first"],
             "loss_last": history["loss_last"],
             "val_loss": None if math.isnan(history["val_loss"]) else history["val_loss"],
-            "toks_per_s": history["tokens"] / history["seconds"] if history["seconds"] else None,
+            "toks_per_s": speed,
+            "mfu": self._mfu(speed),
+            "first_step_s": self.first_step_s,
+            "seconds_waiting_for_data": history["waited"],
             "tokens": history["tokens"],
+            "epoch": self.epoch,
+            "compiled": self.compiled,
             "world_size": self.world.size,
             "peak_memory": peak_memory(self.world.device),
             "checkpoint": str(self.latest),
-            "ended": signal.Signals(signum).name if signum else "finished",
+            "ended": ended,
         }
         self.log.document("metrics.json", metrics)
 
 
+class _NoDataError(Exception):
+    """Step `number` was not made, for want of rank `rank`'s data; it would have started from the position `before`."""
+
+    def __init__(self, number: int, before: dict[str, Any], rank: int) -> None:
+        super().__init__(f"step {number}: no data on rank {rank}")
+        self.number, self.before, self.rank = number, before, rank
+
+
 class _Meter:
-    """Steps since the last log line: the last one's loss, and the tokens per second of all of them."""
+    """Speed and waiting of the steps since the last log line."""
 
     def __init__(self) -> None:
-        self.tokens, self.seconds = 0, 0.0
-        self.last: TrainRow | None = None
+        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
 
-    def add(self, row: TrainRow, tokens: int) -> None:
-        self.last = row
+    def add(self, tokens: int, seconds: float, waited: float) -> None:
         self.tokens += tokens
-        self.seconds += tokens / row.toks_per_s
+        self.seconds += seconds
+        self.waited += waited
 
-    def row(self) -> TrainRow:
-        assert self.last is not None, "a line is logged after a step"
-        return TrainRow(self.last.step, self.last.loss, self.last.lr, self.tokens / self.seconds)
+    @property
+    def toks_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def _peak_tokens(cfg: TrainConfig, world: dist.World) -> float | None:
+    """Tokens per second at which all cards would be at their peak; None where a card's is not known."""
+    if world.device.type != "cuda" or importlib.util.find_spec("nsa.train.flops") is None:
+        return None
+    from nsa.train import flops  # type: ignore[attr-defined]
+
+    peak: float | None = flops.peak_flops(torch.cuda.get_device_name(world.device))
+    return None if peak is None else world.size * peak / flops.flops_per_token(cfg.model, cfg.train.seq_len)
 
 
 def _seed_all(seed: int) -> None:

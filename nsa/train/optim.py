@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from nsa.train.config import LoopConfig
 
@@ -24,13 +24,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, cfg: LoopConfig, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, cfg: LoopConfig, device: torch.device, *, fused: bool | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the model's two groups; `fused` (default: on CUDA) updates all of a group in one kernel."""
     return torch.optim.AdamW(
         parameter_groups(model, cfg.weight_decay),
         lr=cfg.lr,
         betas=(cfg.beta1, cfg.beta2),
-        fused=device.type == "cuda",
+        fused=device.type == "cuda" if fused is None else fused,
     )
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put a saved state back. Whether the update is fused is this run's device's affair, not the checkpoint's."""
+    groups = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def lr_factor(step: int, cfg: LoopConfig) -> float:
@@ -47,5 +56,11 @@ def lr_factor(step: int, cfg: LoopConfig) -> float:
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, cfg: LoopConfig) -> LambdaLR:
-    return LambdaLR(optimizer, lambda step: lr_factor(step, cfg))
+def lr_at(step: int, cfg: LoopConfig) -> float:
+    """The rate of optimizer step `step` (0 is the first): a function of the step alone, so nothing of it is saved."""
+    return cfg.lr * lr_factor(step, cfg)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -185,8 +185,10 @@ class RunLog:
                 self._bar.update()
                 self._bar.set_postfix(loss=f"{row.loss:.3f}", refresh=False)
 
-    def line(self, row: TrainRow, **more: str) -> None:
-        """The log line of a step, its curves, and a heartbeat."""
+    def line(self, row: TrainRow, *, mfu: float | None, wait: float, grad: float) -> None:
+        """The log line of a step, its curves, and a heartbeat. mfu: None where the card's peak is not known; wait:
+        seconds spent waiting for data since the line before; grad: the gradient's norm before clipping.
+        """
         self.heartbeat("step", row.step, loss=row.loss, toks_per_s=round(row.toks_per_s, 1))
         if self.world.is_main:
             fields = [
@@ -194,12 +196,16 @@ class RunLog:
                 f"loss {row.loss:.4f}",
                 f"lr {row.lr:.2e}",
                 f"toks/s {row.toks_per_s:.0f}",
+                *([] if mfu is None else [f"mfu {mfu:.2f}"]),
+                f"wait {wait:.1f}s",
+                f"grad {grad:.3f}",
             ]
-            self._print(" | ".join(fields + [f"{name} {value}" for name, value in more.items()]))
+            self._print(" | ".join(fields))
             if self._curves is not None:
-                self._curves.add_scalar("train/loss", row.loss, row.step)
-                self._curves.add_scalar("train/toks_per_s", row.toks_per_s, row.step)
-                self._curves.add_scalar("train/lr", row.lr, row.step)
+                curves = {"loss": row.loss, "toks_per_s": row.toks_per_s, "lr": row.lr, "mfu": mfu, "wait": wait}
+                for name, value in curves.items():
+                    if value is not None:
+                        self._curves.add_scalar(f"train/{name}", value, row.step)
 
     def validation(self, row: ValRow) -> None:
         self.heartbeat("eval", row.step)
