@@ -77,22 +77,18 @@ class _Job(NamedTuple):
     ragged: bool
 
 
-@lru_cache(maxsize=256)
-def _sizes(job: _Job, chosen: Launch, rows: int) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def _sizes(kernel: str, job: _Job, sm: int, T: int) -> dict[str, Any]:
+    chosen = launch(kernel, sm, max(padded(job.DK), padded(job.DV)), job.dtype.itemsize)
     sizes = {
         "R": job.R, "L": job.p.l, "STEP": job.p.d, "DK": job.DK, "DV": job.DV, "DKP": padded(job.DK),
-        "DVP": padded(job.DV), "ROWS": rows, "KEYS": chosen.keys,
+        "DVP": padded(job.DV), "ROWS": min(chosen.rows, padded(T * job.R)), "KEYS": chosen.keys,
         "IP": precision(job.dtype), "ALWAYS": BLIND_TO_BRANCHES, "RAGGED": job.ragged,
         "num_warps": chosen.warps, "num_stages": chosen.stages,
     }  # fmt: skip
     if chosen.registers:
         sizes["maxnreg"] = chosen.registers
     return sizes
-
-
-def _tiles(kernel: str, job: _Job, sm: int, T: int) -> dict[str, Any]:
-    chosen = launch(kernel, sm, max(padded(job.DK), padded(job.DV)), job.dtype.itemsize)
-    return _sizes(job, chosen, min(chosen.rows, padded(T * job.R)))
 
 
 @lru_cache(maxsize=256)
@@ -123,10 +119,11 @@ def forward(
     v [B,>=C,G,Dv], any strides. lengths: see RAGGED; S is not looked at then."""
     (B, T, H, DK), (G, DV) = q.shape, v.shape[2:]
     q, k, v = operand(q), operand(k), operand(v)
+    lengths = None if lengths is None else lengths.contiguous()
     out, lse = q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, T, H, dtype=torch.float32)
     reads = q.new_zeros((B, G) if count else (0,), dtype=torch.int64)
     if out.numel():
-        sizes = _tiles("forward", _job(q, k, v, p, lengths), capability(q), T)
+        sizes = _sizes("forward", _job(q, k, v, p, lengths), capability(q), T)
         programs = triton.cdiv(T * sizes["R"], sizes["ROWS"]) * B * G
         with on_device(q):
             device.forward[(programs,)](
@@ -143,10 +140,11 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; 0 for queries that see no block and for keys
     that none sees. With gate [B,T,H], not below 0, the gradient is dout * gate, and delta [B,T,H] is taken as given:
-    contiguous fp32 both; out is not read then."""
+    fp32 both; out is not read then."""
     if not q.numel():
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     scale, DK, DV = q.shape[3] ** -0.5, q.shape[3], v.shape[3]
+    lengths = None if lengths is None else lengths.contiguous()
     dout, q, k, v = operand(dout), operand(q), operand(k), operand(v)
     if gate is None:
         out = operand(out).contiguous()
@@ -167,10 +165,11 @@ def _backward_dq(
 ) -> torch.Tensor:  # fmt: skip
     """Write dq; the rows' lse and delta, gated, as `_backward_dkv` reads them."""
     B, T = q.shape[:2]
-    sizes = _tiles("dq", job, capability(q), T)
+    sizes = _sizes("dq", job, capability(q), T)
     packed = lse.new_empty(2, lse.numel())
     device.backward_dq[(triton.cdiv(T * job.R, sizes["ROWS"]) * B * place[3],)](
-        q, k, v, dout, out, lse, lse if gate is None else gate, lse if delta is None else delta,
+        q, k, v, dout, out, lse, lse if gate is None else gate.contiguous(),
+        lse if delta is None else delta.contiguous(),
         lse if lengths is None else lengths, packed, dq, *strides(q), *strides(k), *strides(v), *strides(dout),
         scale, *place, lse.numel(), GATED=gate is not None, **sizes,
     )  # fmt: skip
@@ -184,7 +183,7 @@ def _backward_dkv(
     """Write dk and dv."""
     _, T, readable, G = place
     pairs, most, width = q.shape[0] * G, k.shape[1], job.DK + job.DV
-    sizes = _tiles("dkv", job, capability(q), T)
+    sizes = _sizes("dkv", job, capability(q), T)
     tiles = triton.cdiv(readable, sizes["KEYS"])
     floats = pairs * tiles * sizes["KEYS"] * width
     pieces, piece = _pieces(T * job.R, sizes["ROWS"], pairs * tiles, 4 * floats)

@@ -38,11 +38,13 @@ def settings(**values: Any) -> Iterator[None]:
     stock = {name: vars(compressed)[name] for name in values}
     vars(compressed).update(values)
     compressed._pieces.cache_clear()
+    compressed._sizes.cache_clear()
     try:
         yield
     finally:
         vars(compressed).update(stock)
         compressed._pieces.cache_clear()
+        compressed._sizes.cache_clear()
 
 
 def case(
