@@ -5,10 +5,11 @@ blocks of one another, so that hardly a tile of keys is masked, and no row is la
 walk keys. dk and dv own keys and walk rows; there are few keys and many rows, so the rows are cut into pieces, whose
 shares are summed in fp32, in order. Nothing is added by atomics, so equal runs are equal bit for bit.
 
-The backward is two passes, not one that also leaves a share of dq for each tile of keys. At C = 255 (S = 4,096, D 64,
-four tiles, of which a row sees two and a half) those shares in bf16 are 2.5 x dq written and read back; the second pass
-reads q and dout once more: 4 x dq's bytes more for 2 of 7 products less, about as long either way. With every
-further tile of keys one pass loses, and its dq is rounded once a tile.
+The backward is two passes, not one that also leaves a share of dq for each tile of keys. At C = 255 (S = 4,096, D 64:
+four tiles, of which a row sees 2.5) those shares in bf16 are 2.5 times dq written and read back, and a kernel more to
+sum them; a pass of its own for dq reads q and dout once more instead. So one pass is 3 times dq's bytes (at B = 8, 12
+heads: 150 MB, 35 us of an H200) to save 2 of 7 products (13 GFLOP, 30 us): nothing. With every further tile of keys it
+loses, and its dq is rounded once a tile.
 """
 
 from __future__ import annotations
@@ -76,22 +77,18 @@ class _Job(NamedTuple):
     ragged: bool
 
 
-@lru_cache(maxsize=256)
-def _sizes(job: _Job, chosen: Launch, rows: int) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def _sizes(kernel: str, job: _Job, sm: int, T: int) -> dict[str, Any]:
+    chosen = launch(kernel, sm, max(padded(job.DK), padded(job.DV)), job.dtype.itemsize)
     sizes = {
         "R": job.R, "L": job.p.l, "STEP": job.p.d, "DK": job.DK, "DV": job.DV, "DKP": padded(job.DK),
-        "DVP": padded(job.DV), "ROWS": rows, "KEYS": chosen.keys,
+        "DVP": padded(job.DV), "ROWS": min(chosen.rows, padded(T * job.R)), "KEYS": chosen.keys,
         "IP": precision(job.dtype), "ALWAYS": BLIND_TO_BRANCHES, "RAGGED": job.ragged,
         "num_warps": chosen.warps, "num_stages": chosen.stages,
     }  # fmt: skip
     if chosen.registers:
         sizes["maxnreg"] = chosen.registers
     return sizes
-
-
-def _tiles(kernel: str, job: _Job, sm: int, T: int) -> dict[str, Any]:
-    chosen = launch(kernel, sm, max(padded(job.DK), padded(job.DV)), job.dtype.itemsize)
-    return _sizes(job, chosen, min(chosen.rows, padded(T * job.R)))
 
 
 @lru_cache(maxsize=256)
@@ -122,10 +119,11 @@ def forward(
     v [B,>=C,G,Dv], any strides. lengths: see RAGGED; S is not looked at then."""
     (B, T, H, DK), (G, DV) = q.shape, v.shape[2:]
     q, k, v = operand(q), operand(k), operand(v)
+    lengths = None if lengths is None else lengths.contiguous()
     out, lse = q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, T, H, dtype=torch.float32)
     reads = q.new_zeros((B, G) if count else (0,), dtype=torch.int64)
     if out.numel():
-        sizes = _tiles("forward", _job(q, k, v, p, lengths), capability(q), T)
+        sizes = _sizes("forward", _job(q, k, v, p, lengths), capability(q), T)
         programs = triton.cdiv(T * sizes["R"], sizes["ROWS"]) * B * G
         with on_device(q):
             device.forward[(programs,)](
@@ -141,10 +139,12 @@ def backward(
     *, lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; 0 for queries that see no block and for keys
-    that none sees. With gate [B,T,H] the gradient is dout * gate, and delta [B,T,H] is taken as given: fp32 both."""
+    that none sees. With gate [B,T,H], not below 0, the gradient is dout * gate, and delta [B,T,H] is taken as given:
+    fp32 both; out is not read then."""
     if not q.numel():
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     scale, DK, DV = q.shape[3] ** -0.5, q.shape[3], v.shape[3]
+    lengths = None if lengths is None else lengths.contiguous()
     dout, q, k, v = operand(dout), operand(q), operand(k), operand(v)
     if gate is None:
         out = operand(out).contiguous()
@@ -152,7 +152,7 @@ def backward(
     with on_device(q):
         job, place = _job(q, k, v, p, lengths), (S, q.shape[1], _readable(k, p, S, lengths), k.shape[2])
         packed = _backward_dq(job, place, scale, dout, q, k, v, out, lse.contiguous(), gate, delta, lengths, dq)
-        _backward_dkv(job, place, scale, dout, q, k, v, packed, gate is not None, lengths, dk, dv)
+        _backward_dkv(job, place, scale, dout, q, k, v, packed, lengths, dk, dv)
     if (DK, DV) == (q.shape[3], v.shape[3]):
         return dq, dk, dv
     return dq[..., :DK].contiguous(), dk[..., :DK].contiguous(), dv[..., :DV].contiguous()
@@ -163,12 +163,13 @@ def _backward_dq(
     v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, gate: torch.Tensor | None, delta: torch.Tensor | None,
     lengths: torch.Tensor | None, dq: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Write dq; the rows' lse, delta and gate, as `_backward_dkv` reads them."""
+    """Write dq; the rows' lse and delta, gated, as `_backward_dkv` reads them."""
     B, T = q.shape[:2]
-    sizes = _tiles("dq", job, capability(q), T)
-    packed = lse.new_empty(2 if gate is None else 3, lse.numel())
+    sizes = _sizes("dq", job, capability(q), T)
+    packed = lse.new_empty(2, lse.numel())
     device.backward_dq[(triton.cdiv(T * job.R, sizes["ROWS"]) * B * place[3],)](
-        q, k, v, dout, out, lse, lse if gate is None else gate, lse if delta is None else delta,
+        q, k, v, dout, out, lse, lse if gate is None else gate.contiguous(),
+        lse if delta is None else delta.contiguous(),
         lse if lengths is None else lengths, packed, dq, *strides(q), *strides(k), *strides(v), *strides(dout),
         scale, *place, lse.numel(), GATED=gate is not None, **sizes,
     )  # fmt: skip
@@ -177,13 +178,12 @@ def _backward_dq(
 
 def _backward_dkv(
     job: _Job, place: tuple[int, int, int, int], scale: float, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-    v: torch.Tensor, packed: torch.Tensor, gated: bool, lengths: torch.Tensor | None, dk: torch.Tensor,
-    dv: torch.Tensor,
+    v: torch.Tensor, packed: torch.Tensor, lengths: torch.Tensor | None, dk: torch.Tensor, dv: torch.Tensor,
 ) -> None:  # fmt: skip
     """Write dk and dv."""
     _, T, readable, G = place
     pairs, most, width = q.shape[0] * G, k.shape[1], job.DK + job.DV
-    sizes = _tiles("dkv", job, capability(q), T)
+    sizes = _sizes("dkv", job, capability(q), T)
     tiles = triton.cdiv(readable, sizes["KEYS"])
     floats = pairs * tiles * sizes["KEYS"] * width
     pieces, piece = _pieces(T * job.R, sizes["ROWS"], pairs * tiles, 4 * floats)
@@ -194,7 +194,7 @@ def _backward_dkv(
         parts = (packed.new_empty(pieces, floats),) * 2
     device.backward_dkv[(tiles * pairs * pieces,)](
         q, k, v, dout, packed, packed if lengths is None else lengths, *parts, *strides(q), *strides(k), *strides(v),
-        *strides(dout), scale, *place, most, tiles, packed.shape[1], piece, GATED=gated, WHOLE=whole, **sizes,
+        *strides(dout), scale, *place, most, tiles, packed.shape[1], piece, WHOLE=whole, **sizes,
     )  # fmt: skip
     if not whole:
         device.sum_pieces[(triton.cdiv(most * width, _SUM["SPAN"]) * pairs,)](

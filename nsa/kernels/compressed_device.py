@@ -57,12 +57,12 @@ def forward(
     x = x0 + tl.arange(0, ROWS)
     i = (x // R).to(tl.int64)
     head = g * R + x % R
-    seen = _seen(first + x // R, C, L, STEP)
+    seen = tl.where(x < T * R, _seen(first + x // R, C, L, STEP), 0)
     least = _seen(first + x0 // R, C, L, STEP)
     most = _seen(first + tl.minimum(x0 + ROWS - 1, T * R - 1) // R, C, L, STEP)
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
     at = Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :]
-    q = load_rows(at, (x < T * R) & (seen > 0), dk, DK)
+    q = load_rows(at, seen > 0, dk, DK)
     inside = tl.arange(0, KEYS)
     keys = K + b * sk_b + g * sk_g + inside.to(tl.int64)[:, None] * sk_c + dk[None, :]
     values = V + b * sv_b + g * sv_g + inside.to(tl.int64)[:, None] * sv_c + dv[None, :]
@@ -103,7 +103,7 @@ def forward(
     tl.store(Lse + place, lse, mask=x < T * R)
     if COUNT:
         # The heads of a query are handed the same blocks.
-        read = tl.where((x < T * R) & (x % R == 0), count, 0)
+        read = tl.where(x % R == 0, count, 0)
         tl.atomic_add(Reads + bg, tl.sum(read, 0).to(tl.int64))
 
 
@@ -115,9 +115,10 @@ def backward_dq(
     DKP: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
     ALWAYS: tl.constexpr, RAGGED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """A program: dq of ROWS rows of one group; their lse, delta and gate, [B,G,T*R] each, for the other kernel.
+    """A program: dq of ROWS rows of one group; their lse and delta, [B,G,T*R] each, for the other kernel.
 
-    A gate scales dout in effect only: dout * gate . v is gate * (dout . v), which is rounded less and costs nothing.
+    A gate scales no row of dout: it goes into the weights, which it multiplies in dv, and so into lse. What then stands
+    beside dout . v is delta / gate. Neither this loop nor the other kernel's has anything more to do, or to load.
     """
     tiles = tl.cdiv(T * R, ROWS)
     pairs = tl.num_programs(0) // tiles
@@ -128,23 +129,28 @@ def backward_dq(
     x = x0 + tl.arange(0, ROWS)
     i = (x // R).to(tl.int64)
     head = g * R + x % R
-    seen = _seen(first + x // R, C, L, STEP)
+    seen = tl.where(x < T * R, _seen(first + x // R, C, L, STEP), 0)
     least = _seen(first + x0 // R, C, L, STEP)
     most = _seen(first + tl.minimum(x0 + ROWS - 1, T * R - 1) // R, C, L, STEP)
-    ok = (x < T * R) & (seen > 0)
+    ok = seen > 0
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
     q = load_rows(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :], ok, dk, DK)
     do = load_rows(Dout + b * sd_b + i[:, None] * sd_t + head[:, None] * sd_h + dv[None, :], ok, dv, DV)
     place = (b * T + i) * (G * R) + head
-    lse = in_units(tl.load(Lse + place, mask=ok, other=0.0), IP)
-    to = Packed + bg.to(tl.int64) * T * R + x
+    lse = tl.load(Lse + place, mask=ok, other=0.0)
     if GATED:
         delta = tl.load(Delta + place, mask=ok, other=0.0)
-        gate = tl.load(Gate + place, mask=ok, other=0.0)
-        tl.store(to + 2 * rows.to(tl.int64), gate, mask=x < T * R)
+        gate = tl.load(Gate + place, mask=ok, other=1.0)
+        # So small a gate leaves no gradient, and might divide 0 by 0.
+        shut = gate <= 1e-30
+        gate = tl.where(shut, 1.0, gate)
+        lse = tl.where(shut, float("inf"), lse - tl.log(gate))
+        delta = tl.where(shut, 0.0, delta / gate)
     else:
         o = load_rows(Out + place[:, None] * DV + dv[None, :], ok, dv, DV)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    lse = in_units(lse, IP)
+    to = Packed + bg.to(tl.int64) * T * R + x
     tl.store(to, lse, mask=x < T * R)
     tl.store(to + rows.to(tl.int64), delta, mask=x < T * R)
     inside = tl.arange(0, KEYS)
@@ -163,10 +169,7 @@ def backward_dq(
             p = tl.where(block[None, :] < seen[:, None], p, 0.0)
         elif j < edge:
             p = tl.where(block[None, :] < seen[:, None], p, 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision=IP)
-        if GATED:
-            dp = dp * gate[:, None]
-        ds = p * (dp - delta[:, None])
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=IP) - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision=IP)
     tl.store(
         Dq + place[:, None] * DK + dk[None, :], (dq * scale).to(Dq.dtype.element_ty),
@@ -180,7 +183,7 @@ def backward_dkv(
     sq_b, sq_t, sq_h, sk_b, sk_c, sk_g, sv_b, sv_c, sv_g, sd_b, sd_t, sd_h, scale, S, T, C, G, most, tiles, rows, piece,
     R: tl.constexpr, L: tl.constexpr, STEP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DKP: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
-    ALWAYS: tl.constexpr, RAGGED: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr,
+    ALWAYS: tl.constexpr, RAGGED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A program: dk and dv of KEYS keys of one group, from those rows of its piece that see one of them, in order.
 
@@ -225,21 +228,13 @@ def backward_dkv(
             p = tl.where(block[:, None] < _seen(first + x // R, C, L, STEP)[None, :], p, 0.0)
         elif j < near:
             p = tl.where(block[:, None] < _seen(first + x // R, C, L, STEP)[None, :], p, 0.0)
-        dp = tl.dot(v, tl.trans(do), input_precision=IP)
-        if GATED:
-            # The weights take the gate where dv is summed: rows of dout stay as they were loaded, in shared memory.
-            gate = tl.load(packed + 2 * rows.to(tl.int64) + x, mask=ok, other=0.0)
-            grad_v += tl.dot((p * gate[None, :]).to(do.dtype), do, input_precision=IP)
-            dp = dp * gate[None, :]
-        else:
-            grad_v += tl.dot(p.to(do.dtype), do, input_precision=IP)
-        ds = p * (dp - delta[None, :])
+        grad_v += tl.dot(p.to(do.dtype), do, input_precision=IP)
+        ds = p * (tl.dot(v, tl.trans(do), input_precision=IP) - delta[None, :])
         grad_k += tl.dot(ds.to(q.dtype), q, input_precision=IP)
     grad_k *= scale
     if WHOLE:
+        # No row sees a key that is not held: its gradients are 0.
         to = (b * most + at) * G + g
-        grad_k = tl.where(held[:, None], grad_k, 0.0)
-        grad_v = tl.where(held[:, None], grad_v, 0.0)
         kept = (block < most)[:, None]
         tl.store(Dk + to * DK + dk[None, :], grad_k.to(Dk.dtype.element_ty), mask=kept & (dk[None, :] < DK))
         tl.store(Dv + to * DV + dv[None, :], grad_v.to(Dv.dtype.element_ty), mask=kept & (dv[None, :] < DV))
@@ -267,11 +262,13 @@ def sum_pieces(
     since = _first_seeing(block // KEYS * KEYS, end - T, L, STEP) * R // ROWS // piece
     apart = pairs.to(tl.int64) * (tiles * KEYS * (DK + DV))
     at = Parts + bg.to(tl.int64) * (tiles * KEYS * (DK + DV)) + e
-    total = tl.zeros([SPAN], tl.float32)
+    # Summed over the pieces after the loop: Triton 3.0 dies of a sum within whose result is used twice.
+    shares = tl.zeros([TOGETHER, SPAN], tl.float32)
     for n in range(0, tl.cdiv(pieces, TOGETHER)):
         part = n * TOGETHER + tl.arange(0, TOGETHER)
         there = (part < pieces)[:, None] & held[None, :] & (part[:, None] >= since[None, :])
-        total += tl.sum(tl.load(at[None, :] + part.to(tl.int64)[:, None] * apart, mask=there, other=0.0), 0)
+        shares += tl.load(at[None, :] + part.to(tl.int64)[:, None] * apart, mask=there, other=0.0)
+    total = tl.sum(shares, 0)
     to = (b * most + block) * G + g
     kept = block < most
     tl.store(Dk + to * DK + d, total.to(Dk.dtype.element_ty), mask=kept & (d < DK))

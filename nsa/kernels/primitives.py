@@ -100,15 +100,16 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def operand(x: torch.Tensor) -> torch.Tensor:
-    """x as a kernel loads it: zero columns change neither scores nor output. A copy only where it is not so."""
+    """x [.,.,.,D] as a kernel loads it: zero columns change neither scores nor output. A copy only where it is not."""
     if short := -x.shape[-1] % _EVEN:
         return F.pad(x, (0, short)).contiguous()
-    even = all(stride % _EVEN == 0 for stride in strides(x))
-    if x.stride(-1) == 1 and even and x.storage_offset() % _EVEN == 0:
+    a, b, c = strides(x)
+    if x.stride(-1) == 1 and (a | b | c | x.storage_offset()) % _EVEN == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def strides(x: torch.Tensor) -> tuple[int, ...]:
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """All but the last, which is 1; that of an axis of one element, which is never walked, may be anything else."""
-    return tuple(stride if n > 1 else 0 for stride, n in zip(x.stride()[:-1], x.shape[:-1], strict=True))
+    (m, n, o, _), (a, b, c, _) = x.shape, x.stride()
+    return a if m > 1 else 0, b if n > 1 else 0, c if o > 1 else 0

@@ -78,6 +78,7 @@ CASES = (
     *(Case(4_096, 4_096, R, D, torch.float32) for R, D in ((6, 64), (16, 128))),
     *(Case(1, 65_536, R, D) for R, D in ((16, 128), (6, 64))),
     Case(4_096, 1_048_576, 6, 64),
+    Case(64, 64, 6, 64, ops=("compressed",)),  # so short that dk and dv are one piece
 )
 
 

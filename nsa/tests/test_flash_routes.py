@@ -291,16 +291,16 @@ def test_forbidding_fa2_forbids_flash_alone_and_the_snapshot_says_so(op, flag):
     assert seen["NSA_USE_FA2"] is False
     for row in seen["routes"][op].values():
         assert row["backend"] != "flash"
-        # Where cuDNN runs, which goes first, nobody asks about flash.
-        assert row["backend"] == "cudnn" or "NSA_USE_FA2=0" in row["rejected"]["flash"]
+        # Where one of those before it runs, nobody asks about flash.
+        assert row["backend"] in ("triton", "cudnn") or "NSA_USE_FA2=0" in row["rejected"]["flash"]
         assert "NSA_USE_FA2=0" not in row["rejected"].get("cudnn", [])
 
 
 def test_fa2_goes_first_where_it_is_asked_for_and_cudnn_where_it_is_not(flag):
     x = torch.zeros(1, 64, 2, 64)
-    assert list(routing.choose("compressed", x, x, x).rejected) == ["cudnn", "flash"]
+    assert list(routing.choose("compressed", x, x, x).rejected) == ["triton", "cudnn", "flash"]
     flag(use_fa2=True)
     routing._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="flash was asked for"):
         route = routing.choose("compressed", x, x, x)
-    assert list(route.rejected) == ["flash", "cudnn"]
+    assert list(route.rejected) == ["flash", "triton", "cudnn"]

@@ -16,6 +16,7 @@ from nsa.blocks import n_compressed
 from nsa.ops.selected import selected_attention_reference
 from nsa.ops.selection import block_scores_reference, select_blocks_reference
 from nsa.testing import check_blocks, fixed_selection, inputs, regrets
+from nsa.tests import compressed_cases
 from nsa.tests import selected_cases as cases
 
 pytestmark = pytest.mark.sanitizer
@@ -136,3 +137,35 @@ def test_the_choice_of_blocks(shape, dtype, workspace):
     scores = block_scores_reference(*exact, cfg, seq_len=S)
     _, worst = regrets(got, scores, select_blocks_reference(*exact, cfg, seq_len=S))
     assert worst <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 63, 64, 2, 2, 32, 32), FP32),
+        ((1, 65, 1301, 2, 3, 64, 64), BF16),
+        ((1, 300, 1400, 1, 16, 128, 128), FP16),
+        ((2, 1, 999, 2, 6, 64, 64), BF16),
+        ((1, 35, 600, 1, 70, 24, 16), BF16),
+        ((1, 9, 9, 1, 1, 16, 16), BF16),
+    ],
+)
+def test_the_compressed_branch(needs, shape, dtype):
+    """Tiles of keys cut off by the last block and by the rows; one program a tile of keys, and several pieces."""
+    needs("compressed", "triton")
+    more = {"device": "cuda", "contiguous": dtype != BF16}
+    cfg = compressed_cases.PAPER
+    assert compressed_cases.excess(shape, cfg, dtype, PATIENCE, gated=True, **more) == {}
+    with compressed_cases.settings(_LEAST_ROWS=64):
+        assert compressed_cases.excess(shape, cfg, dtype, PATIENCE, **more) == {}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_compressed_branch_of_ragged_rows(needs, gated):
+    needs("compressed", "triton")
+    shape, lengths = (4, 40, 700, 2, 3, 32, 32), [700, 0, 31, 77]
+    with compressed_cases.settings(_LEAST_ROWS=64):
+        found = compressed_cases.excess(
+            shape, compressed_cases.PAPER, BF16, PATIENCE, gated=gated, lengths=lengths, device="cuda"
+        )
+    assert found == {}
