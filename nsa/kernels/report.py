@@ -92,9 +92,14 @@ def launches(case: Case, sm: int) -> list[Launch]:
         if "selection" in modules:
             modules["selection"].select(q, k[:, : (case.S - 32) // 16 + 1], lse, PATTERN, case.S)
         if "selected" in modules:
-            modules["selected"].forward(q, k, k, blocks, PATTERN, case.S, False, "triton")
+            past = (q, k, k, blocks, PATTERN, case.S, False, "triton")
+            modules["selected"].forward(*past)
+            modules["selected"].forward_summed(*past, q, q, logits, False)
             if case.T == case.S:
-                modules["selected"].backward(q, q, k, k, blocks, q, lse, PATTERN, case.S, "triton", None, None)
+                for gate in (None, lse):
+                    modules["selected"].backward(
+                        q, q, k, k, blocks, q, lse, PATTERN, case.S, "triton", gate, gate, plus=(q, q) * (gate is lse)
+                    )
         if "combine" in modules:
             modules["combine"].forward(q, q, q, logits, False)
             modules["combine"].backward(q, q, q, q, logits, False)

@@ -21,8 +21,9 @@ import torch
 import triton
 
 from nsa.blocks import Pattern
-from nsa.kernels import combine, lists, window
+from nsa.kernels import combine, window
 from nsa.kernels import selected_device as device
+from nsa.kernels.lists import Layout, build, layout
 from nsa.kernels.primitives import LOG2E, capability, on_device, padded, precision
 
 # Bounds of the workspace: partial results of a chunk of queries, and the bit words of a stretch of chunks. With the
@@ -121,7 +122,7 @@ class _Plan:
     DV: int
     sizes: dict[str, Any]
     options: dict[str, dict[str, int]]
-    layout: lists.Layout
+    layout: Layout
 
     @property
     def groups(self) -> int:
@@ -143,7 +144,7 @@ def _plan(
     a_query = B * G * (N + 1) * R * (max(DK, DV) * dtype.itemsize + 4)
     chunks = max(1, -(-T * a_query // partial_bytes))
     piece = (max(1, piece_rows[0] // R), max(1, piece_rows[1] // R))
-    layout = lists.layout(B * G, T, N, L, S, max(1, -(-T // chunks // 32)) * 32, words_bytes, piece)
+    cut = layout(B * G, T, N, L, S, max(1, -(-T // chunks // 32)) * 32, words_bytes, piece)
     sizes = {
         "N": N, "R": R, "L": L, "BS": padded(L), "DK": DK, "DV": DV, "DKP": padded(DK), "DVP": padded(DV),
         "IP": precision(dtype),
@@ -152,7 +153,7 @@ def _plan(
     for kernel in ("forward", "near", "backward"):
         chosen = launch(kernel, sm, dim, dtype.itemsize)
         options[kernel] = {"ROWS": chosen.rows, "num_warps": chosen.warps, "num_stages": chosen.stages}
-    return _Plan(B, T, G, R, S, DK, DV, sizes, options, layout)
+    return _Plan(B, T, G, R, S, DK, DV, sizes, options, cut)
 
 
 def _plan_of(q: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, L: int, S: int) -> _Plan:
@@ -221,8 +222,8 @@ def forward_summed(
     int32, [0] where this form made none.
     """
     if blocks is None:
-        sel, lse, reads, plan = _forward(q, k, v, None, p, S, count, backend, None)
-        return combine.forward(cmp, sel, win, logits, softmax), sel, lse, reads, plan
+        sel, lse, reads, lists = _forward(q, k, v, None, p, S, count, backend, None)
+        return combine.forward(cmp, sel, win, logits, softmax), sel, lse, reads, lists
     gates = _Gates.of(cmp, win, logits, softmax)
     return gates.out, *_forward(q, k, v, blocks, p, S, count, backend, gates)
 
@@ -231,9 +232,9 @@ def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor | None, p: Pattern, S: int, count: bool,
     backend: str, gates: _Gates | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    made = torch.empty(0, dtype=torch.int32, device=q.device)
+    lists = torch.empty(0, dtype=torch.int32, device=q.device)
     if blocks is None:
-        return *window.forward(q, k, v, None, p._replace(w=S), S, count, backend), made
+        return *window.forward(q, k, v, None, p._replace(w=S), S, count, backend), lists
     q, k, v = _rows(q), _rows(k), _rows(v)
     blocks, l_sel = _split(q, v, blocks, p.l_sel)
     out = q.new_empty(*q.shape[:3], v.shape[3])
@@ -245,9 +246,9 @@ def _forward(
             if _query_major(plan):
                 _forward_by_query(plan, q, k, v, blocks, out, lse, reads, count, gates)
             else:
-                made = lists.build(blocks, plan.layout)
-                _forward_by_block(plan, q, k, v, blocks, made, out, lse, reads, count, gates)
-    return out, lse, reads, made
+                lists = build(blocks, plan.layout)
+                _forward_by_block(plan, q, k, v, blocks, lists, out, lse, reads, count, gates)
+    return out, lse, reads, lists
 
 
 def _query_major(plan: _Plan) -> bool:
@@ -269,7 +270,7 @@ def _forward_by_query(
 
 
 def _forward_by_block(
-    plan: _Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, made: torch.Tensor,
+    plan: _Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, lists: torch.Tensor,
     out: torch.Tensor, lse: torch.Tensor, reads: torch.Tensor, count: bool, gates: _Gates | None,
 ) -> None:  # fmt: skip
     sizes, near, N = plan.sizes, plan.options["near"], plan.sizes["N"]
@@ -282,7 +283,7 @@ def _forward_by_block(
     for chunk in plan.layout.chunks:
         a, n = chunk.start, chunk.stop - chunk.start
         device.block_forward[(chunk.pieces[0], plan.groups)](
-            q, k, v, made, partial, partial_lse, reads, *strides, scale2, plan.S, a, n, plan.G,
+            q, k, v, lists, partial, partial_lse, reads, *strides, scale2, plan.S, a, n, plan.G,
             chunk.tables[0], chunk.rooms[0], **sizes, COUNT=count, **plan.options["forward"],
         )  # fmt: skip
         device.near_forward[(triton.cdiv(n * plan.R, near["ROWS"]), plan.groups)](
@@ -298,12 +299,12 @@ def _forward_by_block(
 def backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor | None,
     out: torch.Tensor, lse: torch.Tensor, p: Pattern, S: int, backend: str, gate: torch.Tensor | None,
-    delta: torch.Tensor | None, *, made: torch.Tensor | None = None, plus: tuple[torch.Tensor, ...] = (),
+    delta: torch.Tensor | None, *, lists: torch.Tensor | None = None, plus: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; dk and dv are 0 past S. Equal runs are equal.
 
     gate and delta fp32 [B,T,H]: the gradient of out is dout * gate, and delta = gate * rowsum(dout * out); None: it is
-    dout. made: the lists that `forward_summed` returned. plus: gradients [B,T,H,Dk], at most two, added to dq in fp32.
+    dout. lists: what `forward_summed` returned. plus: gradients [B,T,H,Dk], at most two, added to dq in fp32.
     """
     if blocks is None:
         dq, dk, dv = window.backward(dout, q, k, v, None, out, lse, p._replace(w=S), S, backend, gate, delta)
@@ -315,11 +316,11 @@ def backward(
         return dq, dk.zero_(), dv.zero_()
     plan = _plan_of(q, v, blocks, l_sel, S)
     with on_device(q):
-        if made is None or not made.numel():
-            made = lists.build(blocks, plan.layout)
+        if lists is None or not lists.numel():
+            lists = build(blocks, plan.layout)
         lse = lse.contiguous()
         gradient = _Upstream.of(dout, out, lse, gate, delta)
-        _backward(plan, gradient, q, k, v, blocks, lse, made, plus, dq, dk, dv)
+        _backward(plan, gradient, q, k, v, blocks, lse, lists, plus, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -361,16 +362,16 @@ def _mass(plan: _Plan, q: torch.Tensor, k: torch.Tensor, blocks: torch.Tensor, l
 
 def _backward(
     plan: _Plan, up: _Upstream, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor,
-    lse: torch.Tensor, made: torch.Tensor, plus: tuple[torch.Tensor, ...], dq: torch.Tensor, dk: torch.Tensor,
+    lse: torch.Tensor, lists: torch.Tensor, plus: tuple[torch.Tensor, ...], dq: torch.Tensor, dk: torch.Tensor,
     dv: torch.Tensor,
 ) -> None:  # fmt: skip
-    sizes, layout, held, L = plan.sizes, plan.layout, k.shape[1], plan.layout.L
+    sizes, held, L = plan.sizes, k.shape[1], plan.layout.L
     width = plan.DK + plan.DV
     # fp32 takes back the rounding of lse, the larger part of its error; below that it is lost in the inputs'.
     mass = _mass(plan, q, k, blocks, lse) if q.dtype == torch.float32 else lse
     partial = q.new_empty(plan.places * sizes["N"], plan.DK)
-    spill = lse.new_empty(plan.groups * layout.spill_rows * padded(L), width)
-    chunks = layout.chunks
+    spill = lse.new_empty(plan.groups * plan.layout.spill_rows * padded(L), width)
+    chunks = plan.layout.chunks
     total = lse.new_empty(plan.groups * held, width) if len(chunks) > 1 else spill
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *up.dout.stride()[:3])
     gather = {name: sizes[name] for name in ("L", "BS", "DK", "DV", "DKP", "DVP")}
@@ -378,12 +379,12 @@ def _backward(
         a, n = chunk.start, chunk.stop - chunk.start
         edge = (chunk is chunks[0]) + 2 * (chunk is chunks[-1])
         device.block_backward[(chunk.pieces[1], plan.groups)](
-            q, k, v, up.dout, lse, up.delta, up.gate, mass, made, partial, total, dk, dv, spill,
+            q, k, v, up.dout, lse, up.delta, up.gate, mass, lists, partial, total, dk, dv, spill,
             *strides, plan.DK**-0.5, plan.S, plan.T, a, n, plan.G, chunk.tables[1], chunk.rooms[1], held, edge,
             **sizes, GATED=up.gated, **plan.options["backward"],
         )  # fmt: skip
         device.gather_spill[(plan.groups * triton.cdiv(held, L), padded(L) // 16)](
-            made, spill, total, dk, dv, plan.S, plan.G, plan.groups, chunk.known, held, edge,
+            lists, spill, total, dk, dv, plan.S, plan.G, plan.groups, chunk.known, held, edge,
             **gather, KEYS=16, num_warps=4,
         )  # fmt: skip
         _sum_slots(plan, partial, blocks, plus, dq, a, n)

@@ -333,7 +333,7 @@ def block_backward(
 ):  # fmt: skip
     """A piece of a list: its pairs' dQ, and what they add to dK and dV of the block.
 
-    Sums over chunks lie in Total, [B,held,G,DK+DV] fp32, k and v having `held` rows; the last chunk of queries writes Dk
+    Sums over chunks lie in Total, [B,held,G,DK+DV] fp32, k and v having `held` rows; the last chunk writes Dk
     and Dv. edge: 1 for the first chunk, 2 for the last, 3 for the only one.
     """
     cell = Lists + table + (tl.program_id(1).to(tl.int64) * room + tl.program_id(0)) * 4
