@@ -393,14 +393,16 @@ def block_backward(
         else:
             p = exp2(s * scale2 - (lse * 1.4426950408889634)[:, None], IP)
         p = tl.where(see, p, 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision=IP)
+        # The gate scales products of dout's rows, not the rows: a dot's operand stays where it was loaded.
         if GATED:
-            # The gate scales products of dout's rows, not the rows: a dot's operand stays where it was loaded.
             gate = tl.load(Gate + row, mask=ok, other=0.0)
             grad_v += tl.dot(tl.trans((p * gate[:, None]).to(do.dtype)), do, input_precision=IP)
-            ds = p * (dp * (gate * scale)[:, None] - delta[:, None])
         else:
             grad_v += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=IP)
+        dp = tl.dot(do, tl.trans(v), input_precision=IP)
+        if GATED:
+            ds = p * (dp * (gate * scale)[:, None] - delta[:, None])
+        else:
             ds = p * (dp * scale - delta[:, None])
         ds = ds.to(q.dtype)
         grad_k += tl.dot(tl.trans(ds), q, input_precision=IP)
@@ -410,28 +412,31 @@ def block_backward(
             Partial + place[:, None] * DK + dk[None, :], dq.to(Partial.dtype.element_ty),
             mask=ok[:, None] & (dk[None, :] < DK), cache_modifier=".cs",
         )  # fmt: skip
-    alone = spill < 0  # the list's only piece of this chunk: no other program of this launch touches its gradient
-    shared = ((spill * BS + inside) * (DK + DV))[:, None]
-    tl.store(Spill + shared + dk[None, :], grad_k, mask=in_k & (spill >= 0))
-    tl.store(Spill + shared + DK + dv[None, :], grad_v, mask=in_v & (spill >= 0))
-    # Keys past S have gradient 0, in a block's last tile too.
-    in_k = (alone & (inside < L) & (token < held))[:, None] & (dk[None, :] < DK)
-    in_v = (alone & (inside < L) & (token < held))[:, None] & (dv[None, :] < DV)
-    _add_and_store(Total, Dk, Dv, (b * held + line) * G + g, grad_k, grad_v, in_k, in_v, dk, dv, edge, DK, DV)
+    if spill >= 0:
+        shared = ((spill * BS + inside) * (DK + DV))[:, None]
+        tl.store(Spill + shared + dk[None, :], grad_k, mask=in_k)
+        tl.store(Spill + shared + DK + dv[None, :], grad_v, mask=in_v)
+    else:
+        # The list's only piece of this chunk: no other program of this launch touches the block's gradient. Keys past
+        # S have gradient 0, in a block's last tile too.
+        ok = ((inside < L) & (token < held))[:, None]
+        row = (b * held + line) * G + g
+        _add_and_store(Total, Dk, row, grad_k, ok & (dk[None, :] < DK), dk, 0, DK + DV, edge, DK)
+        _add_and_store(Total, Dv, row, grad_v, ok & (dv[None, :] < DV), dv, DK, DK + DV, edge, DV)
 
 
 @triton.jit
-def _add_and_store(Total, Dk, Dv, row, grad_k, grad_v, in_k, in_v, dk, dv, edge, DK: tl.constexpr, DV: tl.constexpr):
-    """Add to what earlier chunks left in Total; the last chunk's result is rounded once, into Dk and Dv."""
-    later, last = edge % 2 == 0, edge >= 2
-    at_k = Total + row * (DK + DV) + dk[None, :]
-    at_v = Total + row * (DK + DV) + DK + dv[None, :]
-    grad_k += tl.load(at_k, mask=in_k & later, other=0.0)
-    grad_v += tl.load(at_v, mask=in_v & later, other=0.0)
-    tl.store(at_k, grad_k, mask=in_k & (edge < 2))
-    tl.store(at_v, grad_v, mask=in_v & (edge < 2))
-    tl.store(Dk + row * DK + dk[None, :], grad_k.to(Dk.dtype.element_ty), mask=in_k & last)
-    tl.store(Dv + row * DV + dv[None, :], grad_v.to(Dv.dtype.element_ty), mask=in_v & last)
+def _add_and_store(
+    Total, Out, row, grad, mask, d, column: tl.constexpr, width: tl.constexpr, edge, D: tl.constexpr
+):  # fmt: skip
+    """Add to what earlier chunks left in Total; the last chunk's result is rounded once, into Out."""
+    at = Total + row * width + column + d[None, :]
+    if edge % 2 == 0:
+        grad += tl.load(at, mask=mask, other=0.0)
+    if edge < 2:
+        tl.store(at, grad, mask=mask)
+    else:
+        tl.store(Out + row * D + d[None, :], grad.to(Out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["edge"])
@@ -467,7 +472,8 @@ def gather_spill(
         grad_k += tl.load(piece + dk[None, :], mask=was_k, other=0.0)
         grad_v += tl.load(piece + DK + dv[None, :], mask=was_v, other=0.0)
     row = ((bg // G) * held + token.to(tl.int64)[:, None]) * G + bg % G
-    _add_and_store(Total, Dk, Dv, row, grad_k, grad_v, in_k, in_v, dk, dv, edge, DK, DV)
+    _add_and_store(Total, Dk, row, grad_k, in_k, dk, 0, DK + DV, edge, DK)
+    _add_and_store(Total, Dv, row, grad_v, in_v, dv, DK, DK + DV, edge, DV)
 
 
 @triton.jit
