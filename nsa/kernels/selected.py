@@ -8,7 +8,8 @@ Backward, one pass
 over the same lists gives dQ partials (summed in slot order), dK and dV (summed in list order, pieces of one list in
 order, chunks of queries in order). Nothing is added by atomics, so equal runs are equal bit for bit.
 
-Few queries (decode) go query-major: a program owns one query's group and walks its blocks. `_query_major` is the rule.
+Few queries (decode) go query-major: a program owns one query's group and walks its blocks. Short sequences go by
+unions: a program owns neighbouring queries and walks the blocks that any of them chose. `_form` is the rule.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _WORDS_BYTES = 96 << 20
 _PIECE_ROWS = {"forward": 2048, "backward": 4096}
 # Up to this many queries the lists cost more than they save.
 _FEW = 16
+# Up to this many positions, neighbours' blocks are few enough to be walked together: no partials, no merging.
+_UNION = 4096
 # Keys of a tile, at most, and bytes of its K: a longer KV block is listed as several.
 _MOST_KEYS = 64
 _KEY_BYTES = 32 << 10
@@ -48,15 +51,16 @@ _MOST_GROUPS = 65_535  # a grid's second axis
 
 @dataclass(frozen=True)
 class Launch:
-    """Rows of a tile, warps and pipeline stages of one kernel."""
+    """Rows of a tile, warps, pipeline stages, and most registers of a thread, of one kernel."""
 
     rows: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
-    """The launch table: kernel (forward, near, backward), card, padded head dim, bytes of an element.
+    """The launch table: kernel (forward, near, union, backward), card, padded head dim, bytes of an element.
 
     Times on sm_90, of 6 to 12 candidates each: docs/kernels.md. Elsewhere what compiles within the card's memory.
     """
@@ -67,9 +71,10 @@ def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
     if dim > 128:
         roomy = kernel != "backward" and sm in _ROOMY and not (_OLD and kernel == "near")
         return Launch(64 if roomy else 32, 8, 1)
-    if kernel == "near":
-        return Launch(64, 4, 2)
-    if kernel == "forward":
+    if kernel == "union" and sm in (90, 100):
+        # Capped, two of these blocks share a multiprocessor.
+        return Launch(128, 8, 3, 128) if dim <= 64 else Launch(128, 8, 2)
+    if kernel in ("forward", "near", "union"):
         return Launch(64, 4, 2)
     if dim <= 64:
         return Launch(64, 4, 3 if sm in (90, 100) else 2)
@@ -121,6 +126,7 @@ class _Plan:
     DK: int
     DV: int
     sizes: dict[str, Any]
+    form: str
     options: dict[str, dict[str, int]]
     layout: Layout
 
@@ -137,7 +143,7 @@ class _Plan:
 @lru_cache(maxsize=256)
 def _plan(
     B: int, T: int, H: int, G: int, N: int, L: int, S: int, DK: int, DV: int, dtype: torch.dtype, sm: int,
-    partial_bytes: int, words_bytes: int, piece_rows: tuple[int, int],
+    partial_bytes: int, words_bytes: int, piece_rows: tuple[int, int], form: str,
 ) -> _Plan:  # fmt: skip
     R, dim = H // G, max(padded(DK), padded(DV))
     # One set of chunks for both directions, so that their lists are the same.
@@ -150,17 +156,19 @@ def _plan(
         "IP": precision(dtype),
     }  # fmt: skip
     options = {}
-    for kernel in ("forward", "near", "backward"):
+    for kernel in ("forward", "near", "union", "backward"):
         chosen = launch(kernel, sm, dim, dtype.itemsize)
         options[kernel] = {"ROWS": chosen.rows, "num_warps": chosen.warps, "num_stages": chosen.stages}
-    return _Plan(B, T, G, R, S, DK, DV, sizes, options, cut)
+        if chosen.registers:
+            options[kernel]["maxnreg"] = chosen.registers
+    return _Plan(B, T, G, R, S, DK, DV, sizes, form, options, cut)
 
 
 def _plan_of(q: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, L: int, S: int) -> _Plan:
     pieces = (_PIECE_ROWS["forward"], _PIECE_ROWS["backward"])
     return _plan(
         *q.shape[:3], *blocks.shape[2:], L, S, q.shape[3], v.shape[3], q.dtype, capability(q),
-        _PARTIAL_BYTES, _WORDS_BYTES, pieces,
+        _PARTIAL_BYTES, _WORDS_BYTES, pieces, _form(q.shape[1], S, max(q.shape[3], v.shape[3])),
     )  # fmt: skip
 
 
@@ -209,28 +217,28 @@ def forward(
     q [B,T,H,Dk], k [B,>=S,G,Dk], v [B,>=S,G,Dv], blocks [B,T,G,N] int32, any strides. blocks None: all, see
     `takes_all`.
     """
-    return _forward(q, k, v, blocks, p, S, count, backend, None)[:3]
+    return _forward(q, k, v, blocks, p, S, count, backend, None, False)[:3]
 
 
 def forward_summed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor | None, p: Pattern, S: int, count: bool,
-    backend: str, cmp: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool,
+    backend: str, cmp: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool, keep: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The gated sum [B,T,H,Dv] in cmp's dtype; then out, lse and reads as `forward`; and the lists for `backward`.
 
     cmp and win [B,T,H,Dv]; logits [B,T,H,3] of the gates cmp, sel, win: sigmoid, or softmax over the three. lists:
-    int32, [0] where this form made none.
+    int32, [0] where this form made none; keep: it makes them for the backward though it reads none itself.
     """
     if blocks is None:
-        sel, lse, reads, lists = _forward(q, k, v, None, p, S, count, backend, None)
+        sel, lse, reads, lists = _forward(q, k, v, None, p, S, count, backend, None, False)
         return combine.forward(cmp, sel, win, logits, softmax), sel, lse, reads, lists
     gates = _Gates.of(cmp, win, logits, softmax)
-    return gates.out, *_forward(q, k, v, blocks, p, S, count, backend, gates)
+    return gates.out, *_forward(q, k, v, blocks, p, S, count, backend, gates, keep)
 
 
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor | None, p: Pattern, S: int, count: bool,
-    backend: str, gates: _Gates | None,
+    backend: str, gates: _Gates | None, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     lists = torch.empty(0, dtype=torch.int32, device=q.device)
     if blocks is None:
@@ -243,29 +251,40 @@ def _forward(
     if out.numel():
         plan = _plan_of(q, v, blocks, l_sel, S)
         with on_device(q):
-            if _query_major(plan):
-                _forward_by_query(plan, q, k, v, blocks, out, lse, reads, count, gates)
-            else:
+            if keep or plan.form == "block":
                 lists = build(blocks, plan.layout)
+            if plan.form == "block":
                 _forward_by_block(plan, q, k, v, blocks, lists, out, lse, reads, count, gates)
+            else:
+                _forward_by_row(plan, q, k, v, blocks, out, lse, reads, count, gates)
     return out, lse, reads, lists
 
 
-def _query_major(plan: _Plan) -> bool:
-    """Whether the forward walks queries rather than KV blocks."""
-    return plan.T <= _FEW
+def _form(T: int, S: int, dim: int) -> str:
+    """What the forward's programs own: one query, the union of some queries' blocks, or one block."""
+    if T <= _FEW:
+        return "query"
+    return "union" if S <= _UNION and dim <= 128 else "block"
 
 
-def _forward_by_query(
+def _forward_by_row(
     plan: _Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor, reads: torch.Tensor, count: bool, gates: _Gates | None,
 ) -> None:  # fmt: skip
-    rows = min(64, padded(plan.R))
+    grid: tuple[int, ...]
+    kernel: Any
+    if plan.form == "query":
+        rows = min(64, padded(plan.R))
+        kernel, grid = device.query_forward, (plan.T, plan.groups, triton.cdiv(plan.R, rows))
+        options = {**plan.options["forward"], "ROWS": rows}
+    else:
+        kernel, rows = device.union_forward, min(plan.options["union"]["ROWS"], padded(plan.T * plan.R))
+        grid = (plan.groups, triton.cdiv(plan.T * plan.R, rows))
+        options = {**plan.options["union"], "ROWS": rows, "NP": triton.next_power_of_2(plan.sizes["N"])}
     tensors, strides, constants = _arguments(gates, out)
-    device.query_forward[(plan.T, plan.groups, triton.cdiv(plan.R, rows))](
+    kernel[grid](
         q, k, v, blocks, out, lse, reads, *tensors, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
-        plan.DK**-0.5 * LOG2E, plan.S, plan.T, plan.G, **plan.sizes, COUNT=count, **constants,
-        **{**plan.options["forward"], "ROWS": rows},
+        plan.DK**-0.5 * LOG2E, plan.S, plan.T, plan.G, **plan.sizes, COUNT=count, **constants, **options,
     )  # fmt: skip
 
 

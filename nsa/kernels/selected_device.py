@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from nsa.kernels.combine import _gates
-from nsa.kernels.primitives import exp2, far, visible
+from nsa.kernels.primitives import exp2, far, popcount, visible
 
 
 @triton.jit
@@ -211,6 +211,92 @@ def merge(
         Sel, Lse, Sum, Cmp, Win, Logits, out, lse, b, start + i, g * R + head, dv, ok, T, G * R,
         sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h, DV, SUM, SOFTMAX,
     )  # fmt: skip
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _lowest(bit):
+    """The index of a power of two, int64 taken as unsigned: the exponent of its float."""
+    return (bit.to(tl.uint64, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def union_forward(
+    Q, K, V, Blocks, Sel, Lse, Reads, Sum, Cmp, Win, Logits, sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g,
+    sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h, scale2, S, T, G,
+    N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    DKP: tl.constexpr, DVP: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
+    IP: tl.constexpr, SUM: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """A program: ROWS rows of one group, neighbours, against every block that one of them chose, ascending.
+
+    A row's blocks are bits, 64 to a word; the union's are walked one by one without a branch, so that loads overlap.
+    """
+    x0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS  # the late rows, which see most, begin first
+    x = x0 + tl.arange(0, ROWS)
+    bg = tl.program_id(0).to(tl.int64)
+    b, g = bg // G, bg % G
+    i = (x // R).to(tl.int64)
+    head = g * R + x % R
+    ok = i < T
+    t = S - T + x // R
+    inside = tl.arange(0, BS)
+    slot = tl.arange(0, NP)
+    dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
+    lists = Blocks + ((b * T + i) * G + g)[:, None] * N + slot[None, :]
+    q = tl.load(
+        Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :],
+        mask=ok[:, None] & (dk[None, :] < DK), other=0.0,
+    )  # fmt: skip
+    keys = K + b * sk_b + g * sk_g + inside.to(tl.int64)[:, None] * sk_t + dk[None, :]
+    values = V + b * sv_b + g * sv_g + inside.to(tl.int64)[:, None] * sv_t + dv[None, :]
+    highest = (S - T + tl.minimum((x0 + ROWS - 1) // R, T - 1)) // L
+    m = tl.full([ROWS], -3.0e38, tl.float32)  # finite, so that a row that has seen nothing yet makes no NaN
+    z = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, DVP], tl.float32)
+    reads = tl.zeros([ROWS], tl.int32)
+    for w0 in range(0, highest + 1, 64):
+        listed = tl.load(lists, mask=ok[:, None] & (slot < N)[None, :], other=-1)
+        here = visible(listed, t[:, None], L) & (listed >= w0) & (listed < w0 + 64)
+        bits = tl.full([ROWS, NP], 1, tl.int64) << tl.where(here, listed - w0, 0).to(tl.int64)
+        mine = tl.reduce(tl.where(here, bits, 0), 1, _or)
+        union = tl.reduce(mine, 0, _or)
+        for _ in range(0, popcount(union.to(tl.int32)) + popcount((union >> 32).to(tl.int32))):
+            rest = union & (union - 1)
+            block = _lowest(union ^ rest)
+            union = rest
+            s0 = (w0 + block) * L
+            token = s0 + inside
+            there = (token < S) & (inside < L)
+            k = tl.load(keys + s0.to(tl.int64) * sk_t, mask=there[:, None] & (dk[None, :] < DK), other=0.0)
+            v = tl.load(values + s0.to(tl.int64) * sv_t, mask=there[:, None] & (dv[None, :] < DV), other=0.0)
+            last = tl.where(((mine >> block) & 1) != 0, t, -1)
+            see = token[None, :] <= last[:, None]
+            if L != BS:
+                see = see & (inside < L)[None, :]
+            s = tl.where(see, tl.dot(q, tl.trans(k), input_precision=IP), float("-inf"))
+            above = tl.maximum(m, tl.max(s, 1) * scale2)
+            p = exp2(s * scale2 - above[:, None], IP)
+            fade = exp2(m - above, IP)
+            z = z * fade + tl.sum(p, 1)
+            out = out * fade[:, None]
+            out += tl.dot(p.to(v.dtype), v, input_precision=IP)
+            m = above
+            if COUNT:
+                reads += tl.where(ok & (x % R == 0), tl.sum(see.to(tl.int32), 1), 0)
+    some = z > 0.0
+    out = out / tl.where(some, z, 1.0)[:, None]
+    lse = tl.where(some, m * 0.6931471805599453 + tl.log(tl.where(some, z, 1.0)), float("-inf"))
+    _finish(
+        Sel, Lse, Sum, Cmp, Win, Logits, out, lse, b, i, head, dv, ok, T, G * R,
+        sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h, DV, SUM, SOFTMAX,
+    )  # fmt: skip
+    if COUNT:
+        tl.atomic_add(Reads + bg, tl.sum(reads, 0).to(tl.int64))
 
 
 @triton.jit

@@ -46,7 +46,8 @@ def run(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
     """(q, k, v, dout, blocks), (out, dq, dk, dv), lse, reads for (B, T, S, G, R, Dk, Dv); `slots` spoils the blocks.
 
-    What torch.empty returns is NaN: a result that holds was written, all of it. `small`: see `bounds`.
+    What torch.empty returns is NaN: a result that holds was written, all of it. `small`: see `bounds`; unions of
+    blocks are walked only where it says so.
     """
     from nsa.kernels import selected
 
@@ -60,7 +61,7 @@ def run(
     dout = torch.randn(B, T, G * R, Dv, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     torch.use_deterministic_algorithms(True)
     try:
-        with bounds(selected, small), guard():
+        with bounds(selected, {"_UNION": 0, **small}), guard():
             out, lse, reads = selected.forward(q, k, v, blocks, cfg.pattern, S, True, "triton")
             grads = selected.backward(dout, q, k, v, blocks, out, lse, cfg.pattern, S, "triton", None, None)
     finally:
@@ -136,7 +137,7 @@ def summed(
     at_q, at_k, at_v, at_blocks, at_dout, at_cmp, at_win, at_logits = heres
     torch.use_deterministic_algorithms(True)
     try:
-        with bounds(selected, small), guard():
+        with bounds(selected, {"_UNION": 0, **small}), guard():
             total, out, lse, _, lists = selected.forward_summed(
                 at_q, at_k, at_v, at_blocks, cfg.pattern, S, False, "triton", at_cmp, at_win, at_logits, softmax
             )

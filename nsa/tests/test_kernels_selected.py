@@ -172,12 +172,13 @@ def _summed(*case, **more):
     ("shape", "softmax"),
     [((2, 21, 37, 2, 3, 32, 16), False), ((1, 20, 33, 1, 6, 16, 32), True), ((2, 3, 37, 2, 3, 16, 32), True)],
 )
-def test_the_gated_sum_and_the_gradients_behind_a_gate(interpreted, shape, softmax, dtype):
-    _agrees(interpreted(_gated, shape, dtype, softmax), dtype)
+@pytest.mark.parametrize("union", [0, 4096])
+def test_the_gated_sum_and_the_gradients_behind_a_gate(interpreted, shape, softmax, union, dtype):
+    _agrees(interpreted(_gated, shape, dtype, softmax, union), dtype)
 
 
-def _gated(shape, dtype, softmax):
-    return _summed(shape, SMALL, dtype, softmax=softmax, contiguous=softmax, longer=21)
+def _gated(shape, dtype, softmax, union):
+    return _summed(shape, SMALL, dtype, softmax=softmax, contiguous=softmax, longer=21, _UNION=union)
 
 
 def _gated_in_pieces():
@@ -214,7 +215,7 @@ def test_every_block_chosen_is_the_window_of_the_whole_past(interpreted):
     assert max(interpreted(_all_blocks)) <= 1e-5
 
 
-def _launches():
+def _launches(union):
     """Kernels launched by the gated sum and by its backward, in one chunk, with lists and without."""
     from triton.runtime import interpreter
 
@@ -227,26 +228,57 @@ def _launches():
     blocks, logits, gate = fixed_selection(1, 40, 1, 90, cfg), torch.zeros(1, 40, 2, 3), torch.ones(1, 40, 2)
     interpreter.GridExecutor.__call__ = lambda self, *a, **b: (count.append(self.fn.__name__), stock(self, *a, **b))[1]
     try:
-        _, out, lse, _, lists = selected.forward_summed(
-            q, k, v, blocks, cfg.pattern, 90, False, "triton", q, q, logits, False
-        )
-        found = [count[:]]
-        for given in (lists, None):
-            past = (q, q, k, v, blocks, out, lse, cfg.pattern, 90, "triton", gate, gate)
-            count.clear()
-            selected.backward(*past, lists=given, plus=(q, q))
-            found.append(count[:])
+        with cases.bounds(selected, {"_UNION": union}):
+            _, out, lse, _, lists = selected.forward_summed(
+                q, k, v, blocks, cfg.pattern, 90, False, "triton", q, q, logits, False, keep=True
+            )
+            found = [count[:]]
+            for given in (lists, None):
+                past = (q, q, k, v, blocks, out, lse, cfg.pattern, 90, "triton", gate, gate)
+                count.clear()
+                selected.backward(*past, lists=given, plus=(q, q))
+                found.append(count[:])
     finally:
         interpreter.GridExecutor.__call__ = stock
     return found
 
 
-def test_the_lists_are_made_once_and_few_kernels_do_the_rest(interpreted):
-    made = ["_mark", "_scan", "_cut", "_place"]
-    ahead, back, anew = interpreted(_launches)
-    assert ahead == [*made, "block_forward", "near_forward", "merge"]
-    assert back == ["block_backward", "gather_spill", "sum_slots"]
-    assert anew == [*made, *back]
+@pytest.mark.parametrize(
+    ("union", "kernels"), [(0, ["block_forward", "near_forward", "merge"]), (4096, ["union_forward"])]
+)
+def test_the_lists_are_made_once_and_few_kernels_do_the_rest(interpreted, union, kernels):
+    made, grads = ["_mark", "_scan", "_cut", "_place"], ["block_backward", "gather_spill", "sum_slots"]
+    assert interpreted(_launches, union) == [[*made, *kernels], grads, [*made, *grads]]
+
+
+def _unions(shape, pattern, dtype=torch.float32, slots=None, **more):
+    return _errors(shape, pattern, dtype, slots, _UNION=1 << 20, **more)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 21, 37, 1, 1, 32, 16), (1, 33, 79, 2, 3, 24, 32), (1, 40, 40, 1, 6, 16, 16), (1, 17, 33, 1, 16, 16, 16)],
+)
+def test_neighbours_walking_the_union_of_their_blocks(interpreted, shape, dtype):
+    _agrees(interpreted(_unions, shape, SMALL, dtype), dtype)
+
+
+def _unions_apart():
+    many = {"l": 2, "d": 1, "l_sel": 4, "n_sel": 6, "w": 8}
+    odd = {"l": 3, "d": 3, "l_sel": 3, "n_sel": 5, "w": 8}
+    spoils = [cases.without(0), cases.without(3), cases.blind, cases.one_block, cases.out_of_range(90, 16)]
+    return [
+        _unions((1, 24, 600, 1, 3, 16, 16), many),
+        _unions((1, 24, 200, 1, 2, 16, 16), odd),
+        _unions((2, 24, 90, 1, 2, 16, 16), SMALL, contiguous=False),
+        *(_unions((1, 40, 90, 1, 2, 16, 16), SMALL, slots=spoil) for spoil in spoils),
+    ]
+
+
+def test_unions_of_many_words_of_odd_blocks_and_of_spoilt_lists(interpreted):
+    for errors in interpreted(_unions_apart):
+        _agrees(errors)
 
 
 @pytest.mark.parametrize(
