@@ -274,13 +274,13 @@ def _forward_by_row(
     grid: tuple[int, ...]
     kernel: Any
     if plan.form == "query":
-        rows = min(64, padded(plan.R))
-        kernel, grid = device.query_forward, (plan.T, plan.groups, triton.cdiv(plan.R, rows))
-        options = {**plan.options["forward"], "ROWS": rows}
+        options: dict[str, Any] = {**plan.options["forward"], "ROWS": min(64, padded(plan.R))}
+        kernel, grid = device.query_forward, (plan.T, plan.groups, triton.cdiv(plan.R, options["ROWS"]))
     else:
-        kernel, rows = device.union_forward, min(plan.options["union"]["ROWS"], padded(plan.T * plan.R))
-        grid = (plan.groups, triton.cdiv(plan.T * plan.R, rows))
-        options = {**plan.options["union"], "ROWS": rows, "NP": triton.next_power_of_2(plan.sizes["N"])}
+        options = {**plan.options["union"], "NP": triton.next_power_of_2(plan.sizes["N"])}
+        options["ROWS"] = min(options["ROWS"], padded(plan.T * plan.R))
+        options["ALWAYS"] = _OLD or plan.sizes["L"] != plan.sizes["BS"]
+        kernel, grid = device.union_forward, (plan.groups, triton.cdiv(plan.T * plan.R, options["ROWS"]))
     tensors, strides, constants = _arguments(gates, out)
     kernel[grid](
         q, k, v, blocks, out, lse, reads, *tensors, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,

@@ -230,7 +230,7 @@ def union_forward(
     sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h, scale2, S, T, G,
     N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DKP: tl.constexpr, DVP: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
-    IP: tl.constexpr, SUM: tl.constexpr, SOFTMAX: tl.constexpr,
+    IP: tl.constexpr, SUM: tl.constexpr, SOFTMAX: tl.constexpr, ALWAYS: tl.constexpr,
 ):  # fmt: skip
     """A program: ROWS rows of one group, neighbours, against every block that one of them chose, ascending.
 
@@ -244,6 +244,7 @@ def union_forward(
     head = g * R + x % R
     ok = i < T
     t = S - T + x // R
+    t0 = S - T + x0 // R
     inside = tl.arange(0, BS)
     slot = tl.arange(0, NP)
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
@@ -274,20 +275,23 @@ def union_forward(
             there = (token < S) & (inside < L)
             k = tl.load(keys + s0.to(tl.int64) * sk_t, mask=there[:, None] & (dk[None, :] < DK), other=0.0)
             v = tl.load(values + s0.to(tl.int64) * sv_t, mask=there[:, None] & (dv[None, :] < DV), other=0.0)
-            last = tl.where(((mine >> block) & 1) != 0, t, -1)
-            see = token[None, :] <= last[:, None]
-            if L != BS:
-                see = see & (inside < L)[None, :]
-            s = tl.where(see, tl.dot(q, tl.trans(k), input_precision=IP), float("-inf"))
-            above = tl.maximum(m, tl.max(s, 1) * scale2)
-            p = exp2(s * scale2 - above[:, None], IP)
+            s = tl.dot(q, tl.trans(k), input_precision=IP)
+            # Only the tile's last blocks hold keys of some row's future: a branch round the mask alone, where the
+            # pipeliner bears one (see window_device.py). A row that did not choose the block is masked by its shift.
+            if ALWAYS:  # noqa: SIM114 (known when compiling, the other when running)
+                s = tl.where((inside < L)[None, :] & (token[None, :] <= t[:, None]), s, float("-inf"))
+            elif s0 + L - 1 > t0:
+                s = tl.where((inside < L)[None, :] & (token[None, :] <= t[:, None]), s, float("-inf"))
+            held = ((mine >> block) & 1) != 0
+            above = tl.where(held, tl.maximum(m, tl.max(s, 1) * scale2), m)
+            p = exp2(s * scale2 - tl.where(held, above, float("inf"))[:, None], IP)
             fade = exp2(m - above, IP)
             z = z * fade + tl.sum(p, 1)
             out = out * fade[:, None]
             out += tl.dot(p.to(v.dtype), v, input_precision=IP)
             m = above
             if COUNT:
-                reads += tl.where(ok & (x % R == 0), tl.sum(see.to(tl.int32), 1), 0)
+                reads += tl.where(held & (x % R == 0), tl.minimum(t - s0 + 1, L), 0)
     some = z > 0.0
     out = out / tl.where(some, z, 1.0)[:, None]
     lse = tl.where(some, m * 0.6931471805599453 + tl.log(tl.where(some, z, 1.0)), float("-inf"))

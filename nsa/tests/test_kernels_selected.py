@@ -293,19 +293,113 @@ def test_blocks_that_are_no_tile(interpreted, pattern):
     _agrees(interpreted(_errors, (1, 20, 400 if pattern["l_sel"] > 64 else 50, 1, 2, 16, 16), pattern))
 
 
+def _listed(bounds):
+    """Pairs of every piece of the forward's and the backward's tables, chunk by chunk, beside those of the blocks."""
+    from nsa.kernels import lists
+
+    (B, T, G, N), S, L = (2, 70, 2, 4), 150, 4
+    chunk, words, piece = bounds
+    generator = torch.Generator().manual_seed(3)
+    draws = torch.rand(B, T, G, -(-S // L), generator=generator)
+    blocks = draws.topk(N).indices.to(torch.int32)  # of the future, too
+    blocks[:, ::3, :, 1] = -1
+    blocks[:, :, 1, 0] = torch.where((blocks[:, :, 1] == 0).any(-1), blocks[:, :, 1, 0], 0)  # block 0, chosen by all
+    own = (torch.arange(S - T, S) // L).view(1, T, 1, 1)
+    plan = lists.layout(B * G, T, N, L, S, chunk, words, piece)
+    made = lists.build(blocks, plan)
+    found = []
+    for chunk in plan.chunks:
+        for back in (0, 1):
+            room = chunk.rooms[back]
+            table = made[chunk.tables[back] :][: B * G * room * 4].view(B * G, room, 4)
+            assert (table[:, chunk.pieces[back] :] == -1).all()
+            assert ((table[..., 0] >= 0).int().diff(dim=1) <= 0).all()  # those in use come first
+            got: dict[int, list[int]] = {}
+            spills = []
+            for key, begin, end, spill in table.view(-1, 4).tolist():
+                if key >= 0:
+                    assert 0 < end - begin <= plan.piece[back]
+                    got.setdefault(key, []).append((spill, made[begin:end].tolist()))
+            for key, pieces in got.items():
+                assert all((spill >= 0) == (len(pieces) > 1) for spill, _ in pieces)
+                spills += [spill for spill, _ in pieces if spill >= 0]
+                if back:
+                    known = made[chunk.known :][: 2 * B * G * plan.n_blocks]
+                    assert known[key] == len(pieces)
+                    assert len(pieces) == 1 or known[B * G * plan.n_blocks + key] == pieces[0][0]
+            assert len(set(spills)) == len(spills)
+            assert max(spills, default=0) < B * G * plan.spill_rows
+            part = slice(chunk.start, chunk.stop)
+            listed = (blocks >= 0) & (blocks <= own)
+            if not back:
+                listed &= (blocks > 0) & (blocks < own - 1)
+            want: dict[int, list[int]] = {}
+            for b, i, g, n in listed[:, part].nonzero().tolist():
+                block = int(blocks[b, chunk.start + i, g, n])
+                want.setdefault((b * G + g) * plan.n_blocks + block, []).append((chunk.start + i) * N + n)
+            flat = {key: [pair for _, pairs in pieces for pair in pairs] for key, pieces in got.items()}
+            found.append(flat == want)
+    return found
+
+
+@pytest.mark.parametrize(
+    "bounds", [(96, 1 << 20, (1000, 1000)), (32, 1 << 20, (3, 5)), (32, 1, (7, 1)), (64, 1, (1, 4))], ids=str
+)
+def test_lists_hold_each_chunk_s_pairs_by_block_and_query_and_the_forward_s_leave_the_near_out(interpreted, bounds):
+    assert all(interpreted(_listed, bounds))
+
+
+def _huge(form):
+    """q, dout of [B,H,T,D] strides whose heads lie 2^29 elements apart, k and v as far: the last lies past 2^31."""
+    from nsa import NSAConfig
+    from nsa.kernels import selected
+    from nsa.testing import fixed_selection, inputs
+
+    cfg = NSAConfig(**SMALL)
+    T = 4 if form == "query" else 20
+    q, k, v = inputs(1, T, 40, G=6, R=1, Dk=16, Dv=16, dtype=torch.float16)
+    blocks, dout = fixed_selection(1, T, 6, 40, cfg), torch.randn(1, T, 6, 16).half()
+    with cases.bounds(selected, {"_UNION": 4096 if form == "union" else 0}):
+        found = []
+        for far in (False, True):
+            a = [_apart(x) if far else x for x in (q, k, v, dout)]
+            out, lse, reads = selected.forward(*a[:3], blocks, cfg.pattern, 40, True, "triton")
+            past = (a[3], *a[:3], blocks, out, lse, cfg.pattern, 40, "triton")
+            grads = [selected.backward(*past, gate, gate) for gate in (None, torch.ones_like(lse))]
+            found.append((out, lse, reads, *grads[0], *grads[1]))
+    return [torch.equal(a, b) for a, b in zip(*found, strict=True)]
+
+
+def _apart(x):
+    """x [1,T,H,D], its heads 2^29 elements apart: 5 GiB of addresses, of which the touched pages take memory."""
+    wide = torch.empty((x.shape[2] - 1) * 2**29 + x.shape[1] * x.shape[3], dtype=x.dtype)
+    return wide.as_strided(x.shape, (0, x.shape[3], 2**29, 1)).copy_(x)
+
+
+@pytest.mark.parametrize("form", ["block", "union", "query"])
+def test_heads_more_than_two_to_the_31_elements_apart(interpreted, form):
+    assert all(interpreted(_huge, form))
+
+
 def _reasons():
     from nsa.kernels import selected
 
     def of(dtype, dim):
         return selected.unsupported("triton", *[torch.zeros(1, 1, 1, dim, dtype=dtype)] * 3)
 
-    return of(torch.bfloat16, 96), of(torch.float64, 64), of(torch.float16, 512)
+    many = [torch.zeros(1, 1, 1, 16, dtype=torch.float16).expand(40_000, 1, 2, 16)] * 3
+    return (
+        *(of(torch.bfloat16, 96), of(torch.float64, 64), of(torch.float16, 512)),
+        selected.unsupported("triton", *many),
+    )
 
 
 def test_what_cannot_run_is_refused_with_its_reason(interpreted):
-    fine, double, wide = interpreted(_reasons)
+    fine, double, wide, many = interpreted(_reasons)
     assert fine == []
     assert len(double) == 1
     assert "float64" in double[0]
     assert len(wide) == 1
     assert "512" in wide[0]
+    assert len(many) == 1
+    assert "80000" in many[0]
