@@ -312,7 +312,7 @@ def _listed(bounds):
         for back in (0, 1):
             room = chunk.rooms[back]
             table = made[chunk.tables[back] :][: B * G * room * 4].view(B * G, room, 4)
-            assert (table[:, chunk.pieces[back] :] == -1).all()
+            assert (table[:, chunk.pieces[back] :, 0] == -1).all()
             assert ((table[..., 0] >= 0).int().diff(dim=1) <= 0).all()  # those in use come first
             got: dict[int, list[int]] = {}
             spills = []
@@ -320,13 +320,12 @@ def _listed(bounds):
                 if key >= 0:
                     assert 0 < end - begin <= plan.piece[back]
                     got.setdefault(key, []).append((spill, made[begin:end].tolist()))
-            for key, pieces in got.items():
+            for key, pieces in got.items() if back else ():
                 assert all((spill >= 0) == (len(pieces) > 1) for spill, _ in pieces)
                 spills += [spill for spill, _ in pieces if spill >= 0]
-                if back:
-                    known = made[chunk.known :][: 2 * B * G * plan.n_blocks]
-                    assert known[key] == len(pieces)
-                    assert len(pieces) == 1 or known[B * G * plan.n_blocks + key] == pieces[0][0]
+                known = made[chunk.known :][: 2 * B * G * plan.n_blocks]
+                assert known[key] == len(pieces)
+                assert len(pieces) == 1 or known[B * G * plan.n_blocks + key] == pieces[0][0]
             assert len(set(spills)) == len(spills)
             assert max(spills, default=0) < B * G * plan.spill_rows
             part = slice(chunk.start, chunk.stop)
