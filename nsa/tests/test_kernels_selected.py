@@ -349,30 +349,31 @@ def test_lists_hold_each_chunk_s_pairs_by_block_and_query_and_the_forward_s_leav
 
 
 def _huge(form):
-    """q, dout of [B,H,T,D] strides whose heads lie 2^29 elements apart, k and v as far: the last lies past 2^31."""
+    """q and dout of [B,H,T,D] strides, a group's last head 2^31 elements or more behind its first; k and v as far."""
     from nsa import NSAConfig
     from nsa.kernels import selected
     from nsa.testing import fixed_selection, inputs
 
     cfg = NSAConfig(**SMALL)
     T = 4 if form == "query" else 20
-    q, k, v = inputs(1, T, 40, G=6, R=1, Dk=16, Dv=16, dtype=torch.float16)
-    blocks, dout = fixed_selection(1, T, 6, 40, cfg), torch.randn(1, T, 6, 16).half()
+    q, k, v = inputs(1, T, 100, G=2, R=6, Dk=16, Dv=16, dtype=torch.float16)
+    blocks, dout = fixed_selection(1, T, 2, 100, cfg), torch.randn(1, T, 12, 16).half()
     with cases.bounds(selected, {"_UNION": 4096 if form == "union" else 0}):
         found = []
         for far in (False, True):
             a = [_apart(x) if far else x for x in (q, k, v, dout)]
-            out, lse, reads = selected.forward(*a[:3], blocks, cfg.pattern, 40, True, "triton")
-            past = (a[3], *a[:3], blocks, out, lse, cfg.pattern, 40, "triton")
+            out, lse, reads = selected.forward(*a[:3], blocks, cfg.pattern, 100, True, "triton")
+            past = (a[3], *a[:3], blocks, out, lse, cfg.pattern, 100, "triton")
             grads = [selected.backward(*past, gate, gate) for gate in (None, torch.ones_like(lse))]
             found.append((out, lse, reads, *grads[0], *grads[1]))
     return [torch.equal(a, b) for a, b in zip(*found, strict=True)]
 
 
 def _apart(x):
-    """x [1,T,H,D], its heads 2^29 elements apart: 5 GiB of addresses, of which the touched pages take memory."""
-    wide = torch.empty((x.shape[2] - 1) * 2**29 + x.shape[1] * x.shape[3], dtype=x.dtype)
-    return wide.as_strided(x.shape, (0, x.shape[3], 2**29, 1)).copy_(x)
+    """x [1,T,H,D] over addresses of which only the touched pages take memory."""
+    stride = 2**29 if x.shape[2] > 2 else 2**31 + 16
+    wide = torch.empty((x.shape[2] - 1) * stride + x.shape[1] * x.shape[3], dtype=x.dtype)
+    return wide.as_strided(x.shape, (0, x.shape[3], stride, 1)).copy_(x)
 
 
 @pytest.mark.parametrize("form", ["block", "union", "query"])
