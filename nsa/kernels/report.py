@@ -39,6 +39,7 @@ PIPELINED = (
     "selection.score",
     "selected_device.block_forward",
     "selected_device.near_forward",
+    "selected_device.union_forward",
     "selected_device.block_backward",
     "selected_device.query_forward",
     "window_device.forward",
@@ -76,6 +77,10 @@ CASES = (
     *(Case(4_096, 4_096, R, D) for R, D in ((1, 32), (8, 192))),
     *(Case(4_096, 4_096, R, D, ops=("selection",)) for R, D in ((4, 128), (32, 128), (3, 64))),
     *(Case(4_096, 4_096, R, D, torch.float32) for R, D in ((6, 64), (16, 128))),
+    # The selected branch's other form on either side of its bound.
+    *(Case(4_096, 4_096, R, D, ops=("selected",)) for R, D in ((6, 64), (16, 128))),
+    Case(65_536, 65_536, 1, 32, ops=("selected",)),
+    *(Case(65_536, 65_536, R, D, torch.float32, ("selected",)) for R, D in ((6, 64), (16, 128))),
     *(Case(1, 65_536, R, D) for R, D in ((16, 128), (6, 64))),
     Case(4_096, 1_048_576, 6, 64),
     Case(64, 64, 6, 64, ops=("compressed",)),  # so short that dk and dv are one piece
@@ -102,9 +107,14 @@ def launches(case: Case, sm: int) -> list[Launch]:
         if "selection" in modules:
             modules["selection"].select(q, k[:, : n_compressed(case.S, PATTERN)], lse, PATTERN, case.S)
         if "selected" in modules:
-            modules["selected"].forward(q, k, k, blocks, PATTERN, case.S, False, "triton")
+            past = (q, k, k, blocks, PATTERN, case.S, False, "triton")
+            modules["selected"].forward(*past)
+            modules["selected"].forward_summed(*past, q, q, logits, False)
             if case.T == case.S:
-                modules["selected"].backward(q, q, k, k, blocks, q, lse, PATTERN, case.S, "triton", None, None)
+                for gate in (None, lse):
+                    modules["selected"].backward(
+                        q, q, k, k, blocks, q, lse, PATTERN, case.S, "triton", gate, gate, plus=(q, q) * (gate is lse)
+                    )
         if "combine" in modules:
             modules["combine"].forward(q, q, q, logits, False)
             modules["combine"].backward(q, q, q, q, logits, False)

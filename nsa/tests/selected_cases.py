@@ -46,7 +46,8 @@ def run(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
     """(q, k, v, dout, blocks), (out, dq, dk, dv), lse, reads for (B, T, S, G, R, Dk, Dv); `slots` spoils the blocks.
 
-    What torch.empty returns is NaN: a result that holds was written, all of it. `small`: see `bounds`.
+    What torch.empty returns is NaN: a result that holds was written, all of it. `small`: see `bounds`; unions of
+    blocks are walked only where it says so.
     """
     from nsa.kernels import selected
 
@@ -60,7 +61,7 @@ def run(
     dout = torch.randn(B, T, G * R, Dv, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     torch.use_deterministic_algorithms(True)
     try:
-        with bounds(selected, small), guard():
+        with bounds(selected, {"_UNION": 0, **small}), guard():
             out, lse, reads = selected.forward(q, k, v, blocks, cfg.pattern, S, True, "triton")
             grads = selected.backward(dout, q, k, v, blocks, out, lse, cfg.pattern, S, "triton", None, None)
     finally:
@@ -95,6 +96,72 @@ def errors(
     return {
         name: float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
         for name, a, b in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True)
+    }
+
+
+def summed(
+    shape: tuple[int, ...],
+    pattern: dict[str, int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    softmax: bool = False,
+    slots: Slots | None = None,
+    device: str = "cpu",
+    contiguous: bool = True,
+    longer: int = 0,
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    **small: Any,
+) -> dict[str, float]:
+    """As `errors`, of the gated sum, and of the gradients where a gate scales the branch's and other dq are added.
+
+    longer: rows of k and v past S, whose gradient must be 0.
+    """
+    from nsa.kernels import selected
+
+    B, T, S, G, R, Dk, Dv = shape
+    cfg = NSAConfig(**pattern)
+    q, k, v = inputs(B, T, S + longer, G=G, R=R, Dk=Dk, Dv=Dv, dtype=dtype, contiguous=contiguous)
+    blocks = fixed_selection(B, T, G, S, cfg)
+    if slots is not None:
+        slots(blocks)
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*last: int) -> torch.Tensor:
+        x = torch.randn(B, T, G * R, *last, generator=generator).to(dtype)
+        return x if contiguous else x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    dout, cmp, win, logits, plus = random(Dv), random(Dv), random(Dv), random(3), (random(Dk), random(Dk))
+    gates = logits.float().softmax(-1) if softmax else logits.float().sigmoid()
+    gate = gates[..., 1].contiguous().to(device)
+    heres = (x.to(device) for x in (q, k, v, blocks, dout, cmp, win, logits))
+    at_q, at_k, at_v, at_blocks, at_dout, at_cmp, at_win, at_logits = heres
+    torch.use_deterministic_algorithms(True)
+    try:
+        with bounds(selected, {"_UNION": 0, **small}), guard():
+            total, out, lse, _, lists = selected.forward_summed(
+                at_q, at_k, at_v, at_blocks, cfg.pattern, S, False, "triton", at_cmp, at_win, at_logits, softmax
+            )
+            delta = gate * (at_dout.float() * out.float()).sum(-1)
+            add = (plus[0].to(device), plus[1].to(device))
+            past = (at_dout, at_q, at_k, at_v, at_blocks, out, lse, cfg.pattern, S, "triton", gate, delta)
+            grads = selected.backward(*past, lists=lists, plus=add)
+            alone = selected.backward(*past)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(alone[1:], grads[1:], strict=True))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    want = selected_attention_reference(leaves[0], leaves[1][:, :S], leaves[2][:, :S], blocks, cfg, seq_len=S)
+    wide = gates.double().unsqueeze(-1)
+    dq, dk, dv = torch.autograd.grad(want, leaves, dout.double() * wide[..., 1, :])
+    wanted = {
+        "sum": cmp.double() * wide[..., 0, :] + want.detach() * wide[..., 1, :] + win.double() * wide[..., 2, :],
+        **{"out": want.detach(), "dq": dq + plus[0].double() + plus[1].double(), "dk": dk, "dv": dv, "alone": dq},
+    }
+    assert all(float(x[:, S:].abs().sum()) == 0.0 for x in grads[1:])
+    got = _on_cpu((total, out, *grads, alone[0]))
+    return {
+        name: float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
+        for a, (name, b) in zip(got, wanted.items(), strict=True)
     }
 
 

@@ -68,9 +68,30 @@ def test_queries_walking_their_blocks(shape, dtype):
     _agrees(shape, dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *itertools.product([(2, 63, 64, 2, 2, 32, 32), (1, 65, 301, 2, 3, 64, 64)], DTYPES),
+        ((1, 35, 5000, 1, 16, 128, 128), BF16),
+        ((1, 35, 200, 1, 6, 24, 16), BF16),
+    ],
+)
+def test_neighbours_walking_the_union_of_their_blocks(shape, dtype):
+    """Rows off the tile, keys off the block, and more blocks than a word has bits."""
+    _agrees(shape, dtype=dtype, _UNION=1 << 20)
+
+
+@pytest.mark.parametrize("union", [0, 1 << 20])
+@pytest.mark.parametrize("T", [40, 4])
+def test_the_gated_sum_and_the_gradients_behind_a_gate(T, union):
+    found = cases.summed((2, T, 200, 2, 3, 32, 16), PAPER, BF16, device="cuda", longer=77, _UNION=union)
+    assert cases.excess(found, BF16, PATIENCE) == {}
+
+
+@pytest.mark.parametrize("union", [0, 1 << 20])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_strided_inputs(dtype):
-    _agrees((2, 33, 130, 2, 3, 32, 16), dtype=dtype, contiguous=False)
+def test_strided_inputs(dtype, union):
+    _agrees((2, 33, 130, 2, 3, 32, 16), dtype=dtype, contiguous=False, _UNION=union)
 
 
 @pytest.mark.parametrize("T", [40, 4])

@@ -1,5 +1,7 @@
 """Triton, forward, against fp64: the selected branch on given blocks, and the choice of blocks."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -24,11 +26,21 @@ every_shape = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(params=["block", "union"])
+def form(request, monkeypatch):
+    """Each form of the forward in turn, whatever the length."""
+    if find_spec("triton") is not None:
+        from nsa.kernels import selected
+
+        monkeypatch.setattr(selected, "_UNION", 1 << 20 if request.param == "union" else 0)
+
+
 def _inputs(shape, dtype, **more):
     B, T, S, G, R, Dk, Dv = shape
     return inputs(B, T, S, G=G, R=R, Dk=Dk, Dv=Dv, dtype=dtype, device="cuda", **more)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("contiguous", [True, False])
 @every_shape
@@ -44,6 +56,7 @@ def test_selected_forward_is_within_the_budget_of_eager_attention(needs, launche
     assert within_budget(got, eager(q, k, v, mask), exact, "out") == []
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("slot", range(4))
 def test_an_empty_slot_is_skipped_wherever_it_stands(needs, launched, slot):
     needs("selected", "triton")
@@ -57,6 +70,7 @@ def test_an_empty_slot_is_skipped_wherever_it_stands(needs, launched, slot):
     assert within_budget(got, eager(q, k, v, mask), exact, "out") == []
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("T", [33, 3])
 def test_an_index_out_of_range_is_masked_like_an_empty_slot(needs, launched, T):
     """Past any sequence, below -1, and of the query's future."""
@@ -73,6 +87,7 @@ def test_an_index_out_of_range_is_masked_like_an_empty_slot(needs, launched, T):
     assert within_budget(got, eager(q, k, v, mask), exact, "out") == []
 
 
+@pytest.mark.usefixtures("form")
 def test_ragged_rows_see_their_own_length_only(needs, launched):
     needs("selected", "triton")
     q, k, v = _inputs((3, 9, 500, 2, 6, 64, 64), torch.bfloat16)
@@ -88,6 +103,7 @@ def test_ragged_rows_see_their_own_length_only(needs, launched):
     assert within_budget(got, eager(q, k, v, mask), exact, "out") == []
 
 
+@pytest.mark.usefixtures("form")
 def test_reads_are_counted_by_the_kernel_that_loads(needs, launched):
     needs("selected", "triton")
     q, k, v = _inputs((2, 33, 500, 2, 6, 64, 64), torch.bfloat16)
