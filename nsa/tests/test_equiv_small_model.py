@@ -18,6 +18,7 @@ from nsa import (
     sliding_window_attention,
 )
 from nsa.config import ModelConfig
+from nsa.ops.linear_cross_entropy import linear_cross_entropy
 from nsa.rope import Rope
 from nsa.testing import fixed_selection, inputs, oracle, shapes
 
@@ -271,6 +272,8 @@ def test_every_custom_operator_passes_opcheck(ragged):
         logits = torch.randn(2, T, 4, 3, dtype=q.dtype).requires_grad_()
         # Off a GPU `combine` goes without its operator.
         torch.ops.nsa.combine(cmp, sel, win, logits, True, None).sum().backward()
+        states, weight = (torch.randn(n, 5, dtype=q.dtype).requires_grad_() for n in (9, 7))
+        linear_cross_entropy(states, weight, torch.arange(9) % 7).backward()
     seen = {func.name() for func, _ in recorder.calls}
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nsa::")}
     assert seen == registered, f"never called: {registered - seen}"
