@@ -1,6 +1,6 @@
-"""The head and its loss as one operator: logits exist a chunk of tokens at a time, and their gradient is made with them.
+"""The head and its loss as one operator: logits exist a chunk of tokens at a time, and so does their gradient.
 
-So the head's product is made once, not again in the backward, and nothing of [tokens, vocabulary] is ever whole.
+Both are made in the forward. So the head's product is made once, not again in the backward, and nothing of [tokens, vocabulary] is ever whole.
 """
 
 from functools import cache
@@ -157,7 +157,7 @@ def _backend(x: torch.Tensor, dtype: torch.dtype) -> str:
 def _losses_(
     backend: str, logits: torch.Tensor, targets: torch.Tensor, V: int, losses: torch.Tensor, *, gradient: bool
 ) -> None:
-    """Every row's loss into `losses` and, with `gradient`, its gradient over the logits [rows, width], 0 in the padding."""
+    """Every row's loss into `losses`; with `gradient` its gradient over the logits [rows, width], 0 in the padding."""
     if backend == "triton":
         from nsa.kernels import cross_entropy as kernel
 

@@ -124,14 +124,25 @@ def test_checkpointing_changes_no_gradient_and_every_parameter_learns():
 def test_it_has_neither_compression_nor_gates_and_the_shapes_of_its_twin():
     dense = dict(_model().named_parameters())
     sparse = dict(Transformer(_config(attention="nsa")).named_parameters())
-    assert set(sparse) - set(dense) == {f"blocks.{i}.attention.gate_proj.{n}" for i in (0, 1) for n in ("weight", "bias")}
+    assert set(sparse) - set(dense) == {
+        f"blocks.{i}.attention.gate_proj.{n}" for i in (0, 1) for n in ("weight", "bias")
+    }
     differ = {name.split(".")[-2] for name in dense if dense[name].shape != sparse[name].shape}
     assert differ == {"k_proj", "v_proj"}  # one projection instead of one a branch
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("l", 64), ("d", 8), ("l_sel", 32), ("n_sel", 8), ("w", 64), ("phi", "mlp"), ("gate", "softmax"), ("shared_kv", True)],
+    [
+        ("l", 64),
+        ("d", 8),
+        ("l_sel", 32),
+        ("n_sel", 8),
+        ("w", 64),
+        ("phi", "mlp"),
+        ("gate", "softmax"),
+        ("shared_kv", True),
+    ],
 )
 def test_a_pattern_that_it_would_ignore_is_refused(key, value):
     with pytest.raises(ValueError, match=rf"nsa\.{key} = .*: model.attention = dense has no sparse pattern"):

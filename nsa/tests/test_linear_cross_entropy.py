@@ -45,9 +45,7 @@ def _relative(a, b):
 def test_the_error_of_the_heads_gradient_does_not_grow_with_the_chunks():
     """Summed in bf16 over 32 chunks it was 1.7 times that of one."""
     x, weight, targets = _inputs(4096, 500, dim=32, dtype=torch.float32)
-    exact = torch.autograd.grad(
-        F.cross_entropy(x.double() @ weight.double().T, targets, reduction="sum"), (x, weight)
-    )
+    exact = torch.autograd.grad(F.cross_entropy(x.double() @ weight.double().T, targets, reduction="sum"), (x, weight))
     errors = []
     for tiles in (32, 1):
         with torch.autocast("cpu", torch.bfloat16):
