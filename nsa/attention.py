@@ -1,5 +1,7 @@
-"""The attention layers: project, rotate, attend, project. NSA has three branches and gates (arXiv 2502.11089, Figure 2);
-its dense twin is causal softmax attention."""
+"""The attention layers: project, rotate, attend, project.
+
+NSA has three branches and gates (arXiv 2502.11089, Figure 2); its dense twin is causal softmax attention.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ class NativeSparseAttention(nn.Module):
 
         Without a cache they are the whole sequence; with one they follow its `length` positions and are added to it.
         """
-        cfg, nsa, T = self.cfg, self.cfg.nsa, x.shape[1]
+        nsa, T = self.cfg.nsa, x.shape[1]
         if cache is not None:
             cache.check_room(T)
         q, keys, values, logits = self._projected(x, alone=cache is not None)

@@ -1,4 +1,5 @@
-"""A decoder-only transformer over NSA layers or their dense twins: RMSNorm, attention, SwiGLU, tied embeddings; and its generation loop."""
+"""A decoder-only transformer over NSA layers or their dense twins: RMSNorm, attention, SwiGLU, tied embeddings; how it
+generates, and how its blocks are compiled."""
 
 from __future__ import annotations
 
@@ -14,14 +15,13 @@ from torch.utils import checkpoint
 from nsa.attention import DenseAttention, NativeSparseAttention
 from nsa.cache import KVCache, LayerCache
 from nsa.config import ModelConfig
+from nsa.ops.linear_cross_entropy import linear_cross_entropy, padded_linear
 from nsa.rope import Rope
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _NEVER = (99, 0)
 # Cards, as 90 for sm_90, and the oldest torch where compiled blocks were measured.
 _COMPILED = {90: (2, 11)}
-# Tokens whose logits exist at one time in `loss`: 1024 x 50,257 in fp32 is 206 MB, a whole 4k sequence 823 MB.
-_LOSS_CHUNK = 1024
 
 
 class SwiGLU(nn.Module):
@@ -102,23 +102,12 @@ class Transformer(nn.Module):
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None, last_only: bool = False) -> torch.Tensor:
         """ids [B,T] int64 -> logits [B,T,V], or [B,1,V] of the last position."""
         x = self.hidden(ids, cache)
-        return self.head(x[:, -1:] if last_only else x)
+        return padded_linear(x[:, -1:] if last_only else x, self.head.weight)
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy (nats, at least fp32) of targets [B,T] given ids [B,T]; targets of -100 do not count.
-
-        Logits are made, used and made again in the backward a chunk of tokens at a time.
-        """
+        """Mean cross-entropy (nats, at least fp32) of targets [B,T] given ids [B,T]; targets of -100 do not count."""
         x, y = self.hidden(ids).flatten(0, 1), targets.flatten()
-        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        for start in range(0, len(y), _LOSS_CHUNK):
-            part = slice(start, start + _LOSS_CHUNK)
-            total = total + checkpoint.checkpoint(self._summed_loss, x[part], y[part], use_reentrant=False)
-        return total / (y != -100).sum().clamp(min=1)
-
-    def _summed_loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        logits = self.head(x)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="sum")
+        return linear_cross_entropy(x, self.head.weight, y) / (y != -100).sum().clamp(min=1)
 
     @torch.no_grad()
     def generate(

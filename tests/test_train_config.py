@@ -131,3 +131,25 @@ def test_later_overrides_win_and_exponents_are_numbers(tmp_path):
 def test_as_dict_builds_the_same_config():
     cfg = config.load(M7C)
     assert config.build(cfg.as_dict()) == cfg
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("auto", "auto"), ("on", "on"), ("off", "off"), ("true", "on"), ("false", "off")]
+)
+def test_compile_is_auto_on_or_off_and_yamls_booleans_are_on_and_off(written, meant):
+    assert config.load(SHOWCASE, [config.parse_set(f"runtime.compile={written}")]).runtime.compile == meant
+    assert config.load(SHOWCASE).runtime.compile == "auto"
+
+
+def test_compile_is_nothing_else():
+    with pytest.raises(ConfigError, match=r"--set: runtime.compile = 'maybe': input should be 'auto', 'on' or 'off'"):
+        config.load(SHOWCASE, [config.parse_set("runtime.compile=maybe")])
+
+
+def test_the_dense_twin_takes_the_125m_config_and_refuses_a_pattern():
+    dense = config.parse_set("model.attention=dense")
+    assert config.load(M7C, [dense]).model.attention == "dense"
+    with pytest.raises(ConfigError, match=r"train_showcase.yaml: nsa.l = 16: model.attention = dense has no sparse"):
+        config.load(SHOWCASE, [dense])
+    with pytest.raises(ConfigError, match="model.attention = 'flash'"):
+        config.load(SHOWCASE, [config.parse_set("model.attention=flash")])

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from nsa import KVCache, NativeSparseAttention
+from nsa.blocks import n_compressed
 from nsa.config import ModelConfig
+from nsa.ops.compress import MeanPhi, compress
 from nsa.rope import Rope
 from nsa.testing import oracle, pairwise, shapes
 
@@ -82,6 +84,26 @@ def test_output_and_every_gradient_equal_the_loop(case, S):
     for name, a, b in zip(names, ours, theirs, strict=True):
         scale = max(1.0, float(b.abs().max()))
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12 * scale), f"{name}: off by {(a - b).abs().max():.2e}"
+
+
+@pytest.mark.parametrize("shared_kv", [False, True])
+@pytest.mark.parametrize("dims", [(8, 6), (16, 16)])
+def test_one_product_gives_what_the_projections_give_alone(shared_kv, dims):
+    layer, x = _layer(shared_kv=shared_kv, R=3, d_k=dims[0], d_v=dims[1]), _x(2, 9).requires_grad_()
+    found = []
+    for alone in (False, True):
+        q, keys, values, logits = layer._projected(x, alone=alone)
+        outs = [q, torch.cat(keys, 2), torch.cat(values, 2), logits]
+        grads = [torch.cos(out.detach()) for out in outs]
+        leaves = [x, *(p for n, p in layer.named_parameters() if n.split(".")[0] in ("q_proj", "k_proj", "v_proj"))]
+        leaves += list(layer.gate_proj.parameters())
+        found.append([*outs, *torch.autograd.grad(outs, leaves, grads)])
+        if dims == (16, 16) and not alone:  # rows and their parts begin at aligned addresses
+            joint = [y for y in (q, *keys, *values)]
+            assert all(y.stride(-1) == 1 and y.stride(1) % 16 == 0 and y.storage_offset() % 16 == 0 for y in joint)
+            assert len({y.untyped_storage().data_ptr() for y in joint}) == 1
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("phi", PHIS)
@@ -203,8 +225,38 @@ def test_the_tables_of_rotation_are_exact_at_64k():
     torch.testing.assert_close(sin, torch.cat([-angles.sin(), angles.sin()]), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(("start", "T"), [(0, 1), (0, 300), (255, 2), (700, 5)])
+def test_compressed_keys_are_rotated_at_their_blocks_start(start, T):
+    """By the tables of the tokens that complete them."""
+    cfg = _layer(rope_scale=2.0).cfg
+    rope, blocks = Rope.of(cfg, start, T, "cpu", torch.float64), n_compressed(start + T, cfg.nsa)
+    first = n_compressed(start, cfg.nsa)
+    x = _x(1, blocks - first, 16).view(1, -1, 2, 8)
+    positions = [j * cfg.nsa.d for j in range(first, blocks)]
+    want = oracle.rotate(x, positions, cfg.rope_theta, cfg.rope_scale) if positions else x
+    torch.testing.assert_close(rope.blocks(x, first), want, rtol=1e-12, atol=1e-12)
+
+
+def test_rotation_and_pooling_keep_their_precision_under_autocast():
+    """In bf16 the products of the rotation would be off by 2^-9 each, a sum of many tokens by more."""
+    layer = _layer("small").float()
+    rope, x = Rope.of(layer.cfg, 0, 64, "cpu", torch.float32), _x(1, 64, 16).float().view(1, 64, 2, 8)
+    plain = rope.tokens(x), compress(x, MeanPhi(), layer.cfg.nsa)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = rope.tokens(x), compress(x, MeanPhi(), layer.cfg.nsa)
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_all_lengths_up_to_a_power_of_two_share_one_table():
+    cfg = _layer().cfg
+    tables = [Rope.of(cfg, start, T, "cpu", torch.float64).cos for start, T in ((0, 300), (511, 1), (200, 56))]
+    assert len({t.untyped_storage().data_ptr() for t in tables[:2]}) == 1
+    assert tables[1].storage_offset() == 511 * cfg.d_k
+
+
 def test_the_rotation_of_a_cache_is_that_of_its_next_positions():
-    """Whatever was asked before: few or many positions, from a table or past its end, rewound, under another mode."""
+    """Whatever was asked before: few or many positions, rewound, under another mode."""
     cfg, x = _layer().cfg, _x(1, 1)
     cache = KVCache(cfg, 1, 2000, device="cpu", dtype=torch.float64)
     for length, T in ((0, 7), (7, 1), (255, 1), (256, 1), (250, 9), (100, 1), (900, 700), (1600, 3), (1601, 1)):

@@ -19,6 +19,7 @@ from nsa import (
     sparse_attention,
 )
 from nsa.config import ModelConfig
+from nsa.ops.linear_cross_entropy import linear_cross_entropy
 from nsa.rope import Rope
 from nsa.testing import fixed_selection, inputs, oracle, shapes
 
@@ -276,6 +277,8 @@ def test_every_custom_operator_passes_opcheck(ragged, T, Dk, Dv):
         pair = k[:, :C], v[:, :C]
         out = out + sparse_attention(q, pair, (k, v), (k, v), logits, cfg, seq_len=seq_len)
         out.sum().backward()
+        states, weight = (torch.randn(n, 5, dtype=q.dtype).requires_grad_() for n in (9, 7))
+        linear_cross_entropy(states, weight, torch.arange(9) % 7).backward()
     seen = {func.name() for func, _ in recorder.calls}
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nsa::")}
     assert seen == registered, f"never called: {registered - seen}"
