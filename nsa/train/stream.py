@@ -110,8 +110,8 @@ class HubDocuments:
             )
         except (OSError, ValueError) as error:
             raise DataError(f"{self.name}: cannot be reached ({type(error).__name__}); {_NO_HUB}") from error
-        split = split_dataset_by_node(self._whole, rank=world.rank, world_size=world.size) if world.ddp else self._whole
-        self._stream = split
+        whole = self._whole
+        self._stream = split_dataset_by_node(whole, rank=world.rank, world_size=world.size) if world.ddp else whole
 
     def first(self, count: int) -> list[bytes]:
         return list(self._texts(itertools.islice(self._whole, count)))
