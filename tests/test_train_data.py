@@ -317,9 +317,9 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_named(shards, hub):
 
 
 def test_without_a_network_the_hub_datasets_say_what_to_pass(hub):
-    with pytest.raises(DataError, match=r"--dataset fineweb_edu_local --local-path FOLDER"):
+    with pytest.raises(DataError, match=r"nsa\.train\.prepare --out FOLDER, .*fineweb_edu_local --local-path FOLDER"):
         open_data(a_config(dataset="fineweb_edu"), ALONE)
-    with pytest.raises(DataError, match=r"data\.tokenizer = gpt2: .* or to bytes"):
+    with pytest.raises(DataError, match=r"data\.tokenizer = gpt2: .* nsa\.train\.prepare makes one\), or to bytes"):
         open_tokenizer("gpt2")
     with pytest.raises(DataError, match="pass --local-path"):
         open_data(a_config(dataset="fineweb_edu_local"), ALONE)

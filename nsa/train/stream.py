@@ -117,9 +117,8 @@ class HubDocuments:
         return list(self._texts(itertools.islice(self._whole, count)))
 
     def begin(self, epoch: int, position: Position | None) -> Iterator[bytes]:
-        if position is not None:
-            self._stream.load_state_dict(position)
-        # Without its number a new epoch would start where the stream was resumed, not at its beginning.
+        # Without a position, or with the number of another epoch than the position's, it starts at the beginning.
+        self._stream.load_state_dict(position or {})
         self._stream.set_epoch(epoch)
         return self._texts(iter(self._stream))
 
