@@ -86,9 +86,11 @@ def contents(folder):
 
 
 def test_the_same_text_gives_the_same_bytes_wherever_it_lies_and_by_however_many(make, made, text, tmp_path):
-    for file in sorted(text.iterdir(), reverse=True):
-        (tmp_path / "moved" / "deeper").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "moved" / "deeper" / f"z{file.name}").write_bytes(file.read_bytes())
+    moved = tmp_path / "moved" / "deeper"
+    moved.mkdir(parents=True)
+    for number, file in enumerate(sorted(text.iterdir(), reverse=True)):
+        lines = file.read_text().split("\n")[::-1]
+        (moved / f"{number:02d}{file.suffix}").write_text("\n".join(lines))
     make(tmp_path / "again", tmp_path / "moved", processes=2)
     assert contents(tmp_path / "again") == contents(made)
 
