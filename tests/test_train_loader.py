@@ -140,6 +140,24 @@ def test_closing_ends_the_thread_and_the_source():
     assert not {thread for thread in set(threading.enumerate()) - before if thread.name == "batches"}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: copies from pinned memory")
+def test_on_a_card_batches_come_whole_without_holding_up_the_host():
+    """The card is kept busy, so that copies are made long after `next` returned and buffers come round again."""
+    device = torch.device("cuda", 0)
+    with closing(Loader(Counting(), device, depth=2)) as loader:
+        numbers(loader, 1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            batches = []
+            for _ in range(50):
+                torch.cuda._sleep(2_000_000)
+                batches.append(loader.next())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert {batch.device for batch in batches} == {device}
+        assert [batch.unique().tolist() for batch in batches] == [[number] for number in range(2, 52)]
+
+
 @pytest.mark.parametrize("dataset", ["text", "synthetic"])
 def test_a_loader_gives_the_batches_of_its_source(tmp_path, dataset):
     (tmp_path / "a.txt").write_text(" ".join(map(str, range(2000))))
