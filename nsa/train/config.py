@@ -27,8 +27,12 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     """dataset       what to train on; `fineweb_edu` streams from the hub, `fineweb_edu_local` from `path`
-    path          file, folder or glob; null: the running Python's standard library (text only)
-    tokenizer     bytes (vocabulary 256), or a tokenizer of the hub or a folder holding a saved one
+    path          file, folder or glob; null: the running Python's standard library (text only). A folder of token
+                  shards (`python -m nsa.train.prepare`) is read by fineweb_edu_local
+    tokenizer     bytes (vocabulary 256), or a tokenizer of the hub or a folder holding a saved one, such as a folder
+                  of shards. Shards are ids of their own tokenizer already and do without this key
+    workers       processes that tokenise a stream, on each rank; auto: as the cores allow, 1 to 8; 0: none, the rank's
+                  own process does. Batches do not depend on it
     text_key      the field of a .jsonl or .parquet record that holds the text
     val_fraction  share of a text dataset held out for validation
     val_docs      documents of a stream held out for validation
@@ -38,6 +42,7 @@ class DataConfig(Section):
     dataset: Literal["text", "synthetic", "fineweb_edu", "fineweb_edu_local"] = "text"
     path: str | None = None
     tokenizer: str = "bytes"
+    workers: Annotated[int, Limit(ge=0)] | Literal["auto"] = "auto"
     text_key: str = "text"
     val_fraction: float = Limit(0.05, ge=0, lt=1)
     val_docs: int = Limit(256, ge=0)
