@@ -25,11 +25,12 @@ class Plan:
     """The routes of one shape, by operation, forward and backward alike.
 
     summed: the selected branch's last kernel also applies the gates and adds the other two branches, and its backward
-    adds their dQ.
+    adds their dQ. everything: so few positions that each query attends to all of its past, and no block is chosen.
     """
 
     routes: dict[str, routing.Route]
     summed: bool
+    everything: bool
 
     def form(self, op: str, q: torch.Tensor) -> Any:
         """The module that runs `op`; what its functions take: `nsa.ops.branch`."""
@@ -63,14 +64,14 @@ class Plan:
         # How many blocks are seen matters to the limit of a kernel alone: its magnitude will do.
         key = (
             q.shape, q.dtype, q.device, k_cmp.shape[2], v_cmp.shape[3], logits.dtype, whole, S is None,
-            seen.bit_length(), p, training, backend, routing.flags(),
+            seen.bit_length(), S is not None and S <= p.n_sel * p.l_sel, p, training, backend, routing.flags(),
         )  # fmt: skip
-        return _cached(key, lambda: _make(q, k_cmp, v_cmp, logits, S, seen, training, backend))
+        return _cached(key, lambda: _make(q, k_cmp, v_cmp, logits, p, S, seen, training, backend))
 
 
 def _make(
-    q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, logits: torch.Tensor, S: int | None, seen: int,
-    training: bool, backend: str | None,
+    q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, logits: torch.Tensor, p: Pattern, S: int | None,
+    seen: int, training: bool, backend: str | None,
 ) -> Plan:  # fmt: skip
     facts: dict[str, Any] = {} if S is None else {"seq_len": S}
     three = (q, k_cmp, v_cmp)
@@ -83,7 +84,8 @@ def _make(
         "combine": routing.choose("combine", q, q, q, logits, **asked),
     }
     summed = S is not None and routes["selected"].backend == "triton" and routes["combine"].backend == "triton"
-    return Plan(routes, summed)
+    everything = summed and S is not None and routing.form("selected", "triton", q).takes_all("triton", *three, p, S)
+    return Plan(routes, summed, everything)
 
 
 _plans: OrderedDict[Hashable, Plan] = OrderedDict()

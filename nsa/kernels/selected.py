@@ -102,11 +102,16 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _split(q: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, l_sel: int) -> tuple[torch.Tensor, int]:
-    """Blocks as (blocks, length) of at most a tile's keys: a longer block is listed as its equal parts."""
+def _parts(q: torch.Tensor, v: torch.Tensor, l_sel: int) -> int:
+    """Equal parts that a block is listed as, so that each is at most a tile's keys."""
     row = max(padded(q.shape[3]), padded(v.shape[3])) * q.element_size()
     most = min(_MOST_KEYS, (_KEY_BYTES if capability(q) in _ROOMY else _KEY_BYTES // 2) // row)
-    parts = next(c for c in range(1, l_sel + 1) if l_sel % c == 0 and l_sel // c <= most)
+    return next(c for c in range(1, l_sel + 1) if l_sel % c == 0 and l_sel // c <= most)
+
+
+def _split(q: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, l_sel: int) -> tuple[torch.Tensor, int]:
+    """Blocks as (their parts, length of a part)."""
+    parts = _parts(q, v, l_sel)
     if parts > 1:
         each = blocks.unsqueeze(-1) * parts + torch.arange(parts, dtype=torch.int32, device=blocks.device)
         in_range = (blocks >= 0) & (blocks <= torch.iinfo(torch.int32).max // parts - 1)
@@ -164,10 +169,16 @@ def _plan(
     return _Plan(B, T, G, R, S, DK, DV, sizes, form, options, cut)
 
 
-def _plan_of(q: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, L: int, S: int) -> _Plan:
+def lists_size(q: torch.Tensor, v: torch.Tensor, N: int, p: Pattern, S: int) -> int:
+    """Elements of the lists that `forward_summed` hands to the backward (`keep`), for blocks of N slots."""
+    parts = _parts(q, v, p.l_sel)
+    return _plan_of(q, v, v.shape[2], N * parts, p.l_sel // parts, S).layout.size
+
+
+def _plan_of(q: torch.Tensor, v: torch.Tensor, G: int, N: int, L: int, S: int) -> _Plan:
     pieces = (_PIECE_ROWS["forward"], _PIECE_ROWS["backward"])
     return _plan(
-        *q.shape[:3], *blocks.shape[2:], L, S, q.shape[3], v.shape[3], q.dtype, capability(q),
+        *q.shape[:3], G, N, L, S, q.shape[3], v.shape[3], q.dtype, capability(q),
         _PARTIAL_BYTES, _WORDS_BYTES, pieces, _form(q.shape[1], S, max(q.shape[3], v.shape[3])),
     )  # fmt: skip
 
@@ -249,7 +260,7 @@ def _forward(
     lse = q.new_empty(out.shape[:3], dtype=torch.float32)
     reads = q.new_zeros((q.shape[0], k.shape[2]) if count else (0,), dtype=torch.int64)
     if out.numel():
-        plan = _plan_of(q, v, blocks, l_sel, S)
+        plan = _plan_of(q, v, *blocks.shape[2:], l_sel, S)
         with on_device(q):
             if keep or plan.form == "block":
                 lists = build(blocks, plan.layout)
@@ -333,7 +344,7 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not out.numel():
         return dq, dk.zero_(), dv.zero_()
-    plan = _plan_of(q, v, blocks, l_sel, S)
+    plan = _plan_of(q, v, *blocks.shape[2:], l_sel, S)
     with on_device(q):
         if lists is None or not lists.numel():
             lists = build(blocks, plan.layout)

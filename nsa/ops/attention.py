@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nsa import routing
 from nsa.blocks import Pattern
 from nsa.config import NSAConfig
 from nsa.ops import branch, combine, operator, selection
@@ -56,8 +57,10 @@ def sparse_attention(
             check_keys(op, f"sparse_attention, {op}", k, S, q.shape[1], cfg)
     if backend == "reference":
         return _reference(q, cmp, sel, win, logits, cfg, seq_len, blocks, reads)
-    facts = (list(cfg.pattern), cfg.gate == "softmax", S, rows, blocks, reads is not None, backend)
-    out, _, count, *_ = torch.ops.nsa.attention(q, *cmp, *sel, *win, logits, *facts)
+    tensors = (q, *cmp, *sel, *win, logits)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)  # what only a backward reads
+    facts = (list(cfg.pattern), cfg.gate == "softmax", S, rows, blocks, reads is not None, keep, backend)
+    out, _, count, *_ = torch.ops.nsa.attention(*tensors, *facts)
     if reads is not None:
         reads += count
     return out
@@ -79,43 +82,60 @@ def _reference(
 
 
 def _body(
-    q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, logits, pattern, softmax, seq_len, rows, blocks, count, backend
+    q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, logits, pattern, softmax, seq_len, rows, blocks, count, keep, backend
 ):  # fmt: skip
     p, S = Pattern(*pattern), seq_len
     plan = Plan.of(q, k_cmp, v_cmp, logits, p, S if rows is None else None, training=False, backend=backend)
     run = (p, S, rows, count)
     cmp, lse_cmp, n_cmp = _forward(plan, "compressed", (q, k_cmp, v_cmp, None), *run)
-    given = blocks
-    if blocks is None:
+    given, skip = blocks, blocks is None and plan.everything
+    if blocks is None and not skip:
         form = plan.form("selection", q)
         blocks = selection.choose(form, plan.backend("selection"), q, k_cmp, lse_cmp, p, S, rows)
     win, lse_win, n_win = _forward(plan, "window", (q, k_win, v_win, None), *run)
-    sel, lse_sel, n_sel = _forward(plan, "selected", (q, k_sel, v_sel, blocks), *run)
-    out = combine.summed(plan.backend("combine"), cmp, sel, win, logits, softmax)
+    lists = q.new_empty(0, dtype=torch.int32)
+    if plan.summed:
+        form, gates = plan.form("selected", q), (cmp, win, logits, softmax)
+        out, sel, lse_sel, n_sel, lists = form.forward_summed(
+            q, k_sel, v_sel, blocks, p, S, count, plan.backend("selected"), *gates, keep
+        )
+        routing.launches["selected", plan.backend("selected")] += 1
+        routing.launches["combine", plan.backend("combine")] += 1
+        if not keep:
+            lists = lists.new_empty(0)
+    else:
+        sel, lse_sel, n_sel = _forward(plan, "selected", (q, k_sel, v_sel, blocks), *run)
+        out = combine.summed(plan.backend("combine"), cmp, sel, win, logits, softmax)
     reads = torch.stack([n_cmp, n_sel, n_win]) if count else n_cmp
-    chosen = blocks if given is None else blocks.new_empty(0)  # an operator hands no input back
-    return out, chosen, reads, cmp, lse_cmp, sel, lse_sel, win, lse_win
+    # An operator hands no input back, and what was not chosen has no name.
+    chosen = q.new_empty(0, dtype=torch.int32) if skip or given is not None else blocks
+    return out, chosen, reads, cmp, lse_cmp, sel, lse_sel, win, lse_win, lists
 
 
 def _fake(
-    q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, logits, pattern, softmax, seq_len, rows, blocks, count, backend
+    q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, logits, pattern, softmax, seq_len, rows, blocks, count, keep, backend
 ):  # fmt: skip
     B, T, H, _ = q.shape
-    G = k_cmp.shape[2]
+    p, G = Pattern(*pattern), k_cmp.shape[2]
     outs = [q.new_empty(B, T, H, v.shape[3]) for v in (v_cmp, v_cmp, v_sel, v_win)]
     lses = [q.new_empty(B, T, H, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(3)]
-    chosen = (B, T, G, Pattern(*pattern).n_sel) if blocks is None else (0,)
+    chosen = (B, T, G, p.n_sel) if blocks is None else (0,)
+    n_lists = 0
+    if q.is_cuda and rows is None:  # elsewhere nothing is listed
+        plan = Plan.of(q, k_cmp, v_cmp, logits, p, seq_len, training=False, backend=backend)
+        skip = blocks is None and plan.everything
+        chosen = (0,) if skip else chosen
+        if plan.summed and keep and not skip:
+            N = p.n_sel if blocks is None else blocks.shape[3]
+            n_lists = plan.form("selected", q).lists_size(q, v_sel, N, p, seq_len)
     reads = q.new_empty((3, B, G) if count else (0,), dtype=torch.int64)
-    return (
-        outs[0],
-        q.new_empty(chosen, dtype=torch.int32),
-        reads,
-        *(x for pair in zip(outs[1:], lses, strict=True) for x in pair),
-    )
+    saved = (x for pair in zip(outs[1:], lses, strict=True) for x in pair)
+    lists = q.new_empty(n_lists, dtype=torch.int32)
+    return outs[0], q.new_empty(chosen, dtype=torch.int32), reads, *saved, lists
 
 
 def _body_backward(
-    dout, q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, logits, blocks, cmp, lse_cmp, sel, lse_sel, win, lse_win,
+    dout, q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, logits, blocks, cmp, lse_cmp, sel, lse_sel, win, lse_win, lists,
     pattern, softmax, seq_len, rows, backend,
 ):  # fmt: skip
     p, S = Pattern(*pattern), seq_len
@@ -125,11 +145,20 @@ def _body_backward(
     dq_cmp, dk_cmp, dv_cmp = _backward(
         plan, "compressed", (q, k_cmp, v_cmp, None), cmp, lse_cmp, gates[0], deltas[0], *run
     )
-    dq_sel, dk_sel, dv_sel = _backward(
-        plan, "selected", (q, k_sel, v_sel, blocks), sel, lse_sel, gates[1], deltas[1], *run
-    )
     dq_win, dk_win, dv_win = _backward(plan, "window", (q, k_win, v_win, None), win, lse_win, gates[2], deltas[2], *run)
-    return dq_cmp + dq_sel + dq_win, dk_cmp, dv_cmp, dk_sel, dv_sel, dk_win, dv_win, d_logits
+    if plan.summed:
+        form, listed = plan.form("selected", q), blocks if blocks.numel() else None
+        dq, dk_sel, dv_sel = form.backward(
+            dout, q, k_sel, v_sel, listed, sel, lse_sel, p, S, plan.backend("selected"), gates[1], deltas[1],
+            lists=lists, plus=(dq_cmp, dq_win),
+        )  # fmt: skip
+        routing.launches["selected_backward", plan.backend("selected")] += 1
+    else:
+        dq_sel, dk_sel, dv_sel = _backward(
+            plan, "selected", (q, k_sel, v_sel, blocks), sel, lse_sel, gates[1], deltas[1], *run
+        )
+        dq = dq_cmp + dq_sel + dq_win
+    return dq, dk_cmp, dv_cmp, dk_sel, dv_sel, dk_win, dv_win, d_logits
 
 
 def _forward(plan: Plan, op: str, inputs: tuple[Any, ...], p: Pattern, S: int, rows: Any, count: bool) -> branch.Three:
@@ -147,14 +176,14 @@ def _backward(
 _KEYS = "Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_sel, Tensor v_sel, Tensor k_win, Tensor v_win, Tensor logits"
 _step = operator.define(
     f"attention({_KEYS}, int[] pattern, bool softmax, SymInt seq_len, Tensor? rows, Tensor? blocks, bool count, "
-    "str? backend) -> (Tensor out, Tensor blocks, Tensor reads, Tensor cmp, Tensor lse_cmp, Tensor sel, "
-    "Tensor lse_sel, Tensor win, Tensor lse_win)",
+    "bool keep, str? backend) -> (Tensor out, Tensor blocks, Tensor reads, Tensor cmp, Tensor lse_cmp, Tensor sel, "
+    "Tensor lse_sel, Tensor win, Tensor lse_win, Tensor lists)",
     _body,
     _fake,
 )
 _step_back = operator.define(
     f"attention_backward(Tensor dout, {_KEYS}, Tensor blocks, Tensor cmp, Tensor lse_cmp, Tensor sel, Tensor lse_sel, "
-    "Tensor win, Tensor lse_win, int[] pattern, bool softmax, SymInt seq_len, Tensor? rows, str? backend) -> "
+    "Tensor win, Tensor lse_win, Tensor lists, int[] pattern, bool softmax, SymInt seq_len, Tensor? rows, str? backend) -> "
     "(Tensor dq, Tensor dk_cmp, Tensor dv_cmp, Tensor dk_sel, Tensor dv_sel, Tensor dk_win, Tensor dv_win, "
     "Tensor dlogits)",
     _body_backward,
@@ -163,7 +192,7 @@ _step_back = operator.define(
 
 
 def _save(inputs: tuple[Any, ...], results: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
-    *tensors, pattern, softmax, seq_len, rows, blocks, _, backend = inputs
+    *tensors, pattern, softmax, seq_len, rows, blocks, _, _, backend = inputs
     kept = results[1] if blocks is None else blocks
     return (*tensors, kept, *results[3:], rows), (pattern, softmax, seq_len, backend)
 
@@ -171,7 +200,7 @@ def _save(inputs: tuple[Any, ...], results: tuple[torch.Tensor, ...]) -> tuple[A
 def _gradient(dout: torch.Tensor, tensors: tuple[torch.Tensor, ...], rest: tuple[Any, ...]) -> tuple[Any, ...]:
     *saved, rows = tensors
     pattern, softmax, seq_len, backend = rest
-    return *_step_back(dout, *saved, pattern, softmax, seq_len, rows, backend), *(None,) * 7
+    return *_step_back(dout, *saved, pattern, softmax, seq_len, rows, backend), *(None,) * 8
 
 
 operator.differentiable(_step, _gradient, _save)
