@@ -63,17 +63,40 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _products(dout, Cmp, Sel, Win, at, inside, g_cmp, g_sel, g_win):
-    """By row, each gate times the product of the output's gradient and the branch: what dout * gate has with it."""
+def _log_gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX: tl.constexpr):
+    """The logs of the rows' three gates, fp32, finite where a gate itself would be 0."""
+    at = Logits + (row // H).to(tl.int64) * sl_t + (row % H).to(tl.int64) * sl_h
+    a = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    b = tl.load(at + 1, mask=ok, other=0.0).to(tl.float32)
+    c = tl.load(at + 2, mask=ok, other=0.0).to(tl.float32)
+    if SOFTMAX:
+        top = tl.maximum(tl.maximum(a, b), c)
+        total = top + tl.log(tl.exp(a - top) + tl.exp(b - top) + tl.exp(c - top))
+        a = a - total
+        b = b - total
+        c = c - total
+    else:
+        a = tl.minimum(a, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(a)))
+        b = tl.minimum(b, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(b)))
+        c = tl.minimum(c, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(c)))
+    return a, b, c
+
+
+@triton.jit
+def _products(dout, Cmp, Sel, Win, at, inside):
+    """By row, the product of the output's gradient with each branch's output."""
     cmp = tl.load(Cmp + at, mask=inside, other=0.0).to(tl.float32)
     sel = tl.load(Sel + at, mask=inside, other=0.0).to(tl.float32)
     win = tl.load(Win + at, mask=inside, other=0.0).to(tl.float32)
-    return g_cmp * tl.sum(dout * cmp, 1), g_sel * tl.sum(dout * sel, 1), g_win * tl.sum(dout * win, 1)
+    return tl.sum(dout * cmp, 1), tl.sum(dout * sel, 1), tl.sum(dout * win, 1)
 
 
 @triton.jit
 def _store_d_logits(Dlogits, row, ok, g_cmp, g_sel, g_win, p_cmp, p_sel, p_win, SOFTMAX: tl.constexpr):
     """Gradients of the logits; p as `_products` gives them."""
+    p_cmp *= g_cmp
+    p_sel *= g_sel
+    p_win *= g_win
     if SOFTMAX:
         total = p_cmp + p_sel + p_win
         p_cmp -= g_cmp * total
@@ -113,7 +136,7 @@ def combine_backward(
     row, ok, at, inside = _rows(n, DP, D, ROWS)
     g_cmp, g_sel, g_win = _gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX)
     dout = tl.load(Dout + at, mask=inside, other=0.0).to(tl.float32)
-    p_cmp, p_sel, p_win = _products(dout, Cmp, Sel, Win, at, inside, g_cmp, g_sel, g_win)
+    p_cmp, p_sel, p_win = _products(dout, Cmp, Sel, Win, at, inside)
     tl.store(Dcmp + at, (g_cmp[:, None] * dout).to(Dcmp.dtype.element_ty), mask=inside)
     tl.store(Dsel + at, (g_sel[:, None] * dout).to(Dsel.dtype.element_ty), mask=inside)
     tl.store(Dwin + at, (g_win[:, None] * dout).to(Dwin.dtype.element_ty), mask=inside)
@@ -122,19 +145,20 @@ def combine_backward(
 
 @triton.jit(do_not_specialize=["n"])
 def combine_fold(
-    Dout, Cmp, Sel, Win, Logits, Dlogits, Gates, Deltas, sl_t, sl_h, n, H,
+    Dout, Cmp, Sel, Win, Logits, LseCmp, LseSel, LseWin, Dlogits, Lses, Deltas, sl_t, sl_h, n, H,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     row, ok, at, inside = _rows(n, DP, D, ROWS)
     g_cmp, g_sel, g_win = _gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX)
     dout = tl.load(Dout + at, mask=inside, other=0.0).to(tl.float32)
-    p_cmp, p_sel, p_win = _products(dout, Cmp, Sel, Win, at, inside, g_cmp, g_sel, g_win)
+    p_cmp, p_sel, p_win = _products(dout, Cmp, Sel, Win, at, inside)
     cmp = row.to(tl.int64)
     sel = cmp + n
     win = sel + n
-    tl.store(Gates + cmp, g_cmp, mask=ok)
-    tl.store(Gates + sel, g_sel, mask=ok)
-    tl.store(Gates + win, g_win, mask=ok)
+    l_cmp, l_sel, l_win = _log_gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX)
+    tl.store(Lses + cmp, tl.load(LseCmp + cmp, mask=ok, other=0.0) - l_cmp, mask=ok)
+    tl.store(Lses + sel, tl.load(LseSel + cmp, mask=ok, other=0.0) - l_sel, mask=ok)
+    tl.store(Lses + win, tl.load(LseWin + cmp, mask=ok, other=0.0) - l_win, mask=ok)
     tl.store(Deltas + cmp, p_cmp, mask=ok)
     tl.store(Deltas + sel, p_sel, mask=ok)
     tl.store(Deltas + win, p_win, mask=ok)
@@ -170,19 +194,22 @@ def backward(
 
 
 def fold(
-    dout: torch.Tensor, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradient of the logits and, for the branches' own backward passes, gates and deltas.
+    dout: torch.Tensor, outs: tuple[torch.Tensor, ...], lses: tuple[torch.Tensor, ...], logits: torch.Tensor,
+    softmax: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradient of the logits and, for the branches' own backward passes, what folds the gates into them.
 
-    dout, cmp, sel, win [B,T,H,D], logits [B,T,H,3]. Returns d_logits [B,T,H,3] in logits' dtype; gates g [3,B,T,H]
-    fp32, in the order cmp, sel, win; deltas [3,B,T,H] fp32, g * rowsum(dout * branch). d_logits is delta * (1 - g), or
-    delta - g * (sum of the three deltas) for a softmax. All contiguous. Equal runs are equal.
+    dout and the outs of cmp, sel, win [B,T,H,D]; their lses [B,T,H] fp32; logits [B,T,H,3]. Returns d_logits [B,T,H,3]
+    in logits' dtype; lses less the log of the gate [3,B,T,H], so that exp(score - lse) is a weight times its gate;
+    deltas [3,B,T,H], rowsum(dout * out); both fp32. With p = gate * delta, d_logits is p * (1 - gate), or
+    p - gate * (sum of the three p) for a softmax. All contiguous. Equal runs are equal.
     """
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    gates = torch.empty((3, *dout.shape[:3]), dtype=torch.float32, device=dout.device)
-    deltas = torch.empty_like(gates)
-    _run("fold", combine_fold, (dout, cmp, sel, win, logits), (d_logits, gates, deltas), softmax)
-    return d_logits, gates, deltas
+    folded = torch.empty((3, *dout.shape[:3]), dtype=torch.float32, device=dout.device)
+    deltas = torch.empty_like(folded)
+    results = (*(x.contiguous() for x in lses), d_logits, folded, deltas)
+    _run("fold", combine_fold, (dout, *outs, logits), results, softmax)
+    return d_logits, folded, deltas
 
 
 def _run(
@@ -190,7 +217,7 @@ def _run(
 ) -> None:
     B, T, H, D = inputs[0].shape
     *dense, logits = inputs
-    by_token, by_head, logits = _logits(logits)
+    by_token, by_head, logits = logits_rows(logits)
     rows, padded, warps = _sizes(name, D)
     n = B * T * H
     if n * D:
@@ -209,7 +236,7 @@ def _sizes(name: str, D: int) -> tuple[int, int, int]:
     return max(1, elements // padded), padded, warps
 
 
-def _logits(x: torch.Tensor) -> tuple[int, int, torch.Tensor]:
+def logits_rows(x: torch.Tensor) -> tuple[int, int, torch.Tensor]:
     """Strides over tokens, a batch's rows following each other, and heads; a copy only where logits lie otherwise."""
     B, T, H, _ = x.shape
     by_row, by_token, by_head, by_gate = x.stride()

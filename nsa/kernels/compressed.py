@@ -22,6 +22,7 @@ import triton
 
 from nsa.blocks import Pattern, n_compressed
 from nsa.kernels import compressed_device as device
+from nsa.kernels.plain.dense import gated
 from nsa.kernels.primitives import BLIND_TO_BRANCHES, capability, on_device, operand, padded, precision, strides
 from nsa.kernels.window import Launch
 
@@ -139,19 +140,18 @@ def backward(
     *, lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; 0 for queries that see no block and for keys
-    that none sees. With gate [B,T,H], not below 0, the gradient is dout * gate, and delta [B,T,H] is taken as given:
-    fp32 both; out is not read then."""
+    that none sees. What gate and delta mean: `nsa.ops.branch`. With delta out is not read."""
     if not q.numel():
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     scale, DK, DV = q.shape[3] ** -0.5, q.shape[3], v.shape[3]
     lengths = None if lengths is None else lengths.contiguous()
-    dout, q, k, v = operand(dout), operand(q), operand(k), operand(v)
-    if gate is None:
+    dout, q, k, v = operand(gated(dout, gate)), operand(q), operand(k), operand(v)
+    if delta is None:
         out = operand(out).contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     with on_device(q):
         job, place = _job(q, k, v, p, lengths), (S, q.shape[1], _readable(k, p, S, lengths), k.shape[2])
-        packed = _backward_dq(job, place, scale, dout, q, k, v, out, lse.contiguous(), gate, delta, lengths, dq)
+        packed = _backward_dq(job, place, scale, dout, q, k, v, out, lse.contiguous(), delta, lengths, dq)
         _backward_dkv(job, place, scale, dout, q, k, v, packed, lengths, dk, dv)
     if (DK, DV) == (q.shape[3], v.shape[3]):
         return dq, dk, dv
@@ -160,18 +160,17 @@ def backward(
 
 def _backward_dq(
     job: _Job, place: tuple[int, int, int, int], scale: float, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-    v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, gate: torch.Tensor | None, delta: torch.Tensor | None,
-    lengths: torch.Tensor | None, dq: torch.Tensor,
+    v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor | None, lengths: torch.Tensor | None,
+    dq: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Write dq; the rows' lse and delta, gated, as `_backward_dkv` reads them."""
+    """Write dq; the rows' lse and delta as `_backward_dkv` reads them."""
     B, T = q.shape[:2]
     sizes = _sizes("dq", job, capability(q), T)
     packed = lse.new_empty(2, lse.numel())
     device.backward_dq[(triton.cdiv(T * job.R, sizes["ROWS"]) * B * place[3],)](
-        q, k, v, dout, out, lse, lse if gate is None else gate.contiguous(),
-        lse if delta is None else delta.contiguous(),
+        q, k, v, dout, out, lse, lse if delta is None else delta.contiguous(),
         lse if lengths is None else lengths, packed, dq, *strides(q), *strides(k), *strides(v), *strides(dout),
-        scale, *place, lse.numel(), GATED=gate is not None, **sizes,
+        scale, *place, lse.numel(), DELTA=delta is not None, **sizes,
     )  # fmt: skip
     return packed
 

@@ -109,16 +109,16 @@ def forward(
 
 @triton.jit(do_not_specialize=["S", "T", "C", "rows"])
 def backward_dq(
-    Q, K, V, Dout, Out, Lse, Gate, Delta, Lengths, Packed, Dq,
+    Q, K, V, Dout, Out, Lse, Delta, Lengths, Packed, Dq,
     sq_b, sq_t, sq_h, sk_b, sk_c, sk_g, sv_b, sv_c, sv_g, sd_b, sd_t, sd_h, scale, S, T, C, G, rows,
     R: tl.constexpr, L: tl.constexpr, STEP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DKP: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
-    ALWAYS: tl.constexpr, RAGGED: tl.constexpr, GATED: tl.constexpr,
+    ALWAYS: tl.constexpr, RAGGED: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
     """A program: dq of ROWS rows of one group; their lse and delta, [B,G,T*R] each, for the other kernel.
 
-    A gate scales no row of dout: it goes into the weights, which it multiplies in dv, and so into lse. What then stands
-    beside dout . v is delta / gate. Neither this loop nor the other kernel's has anything more to do, or to load.
+    DELTA: it is given, and lse may be less the log of a gate: the weights then carry the gate, and nothing more is done
+    or loaded for it.
     """
     tiles = tl.cdiv(T * R, ROWS)
     pairs = tl.num_programs(0) // tiles
@@ -138,14 +138,8 @@ def backward_dq(
     do = load_rows(Dout + b * sd_b + i[:, None] * sd_t + head[:, None] * sd_h + dv[None, :], ok, dv, DV)
     place = (b * T + i) * (G * R) + head
     lse = tl.load(Lse + place, mask=ok, other=0.0)
-    if GATED:
+    if DELTA:
         delta = tl.load(Delta + place, mask=ok, other=0.0)
-        gate = tl.load(Gate + place, mask=ok, other=1.0)
-        # So small a gate leaves no gradient, and might divide 0 by 0.
-        shut = gate <= 1e-30
-        gate = tl.where(shut, 1.0, gate)
-        lse = tl.where(shut, float("inf"), lse - tl.log(gate))
-        delta = tl.where(shut, 0.0, delta / gate)
     else:
         o = load_rows(Out + place[:, None] * DV + dv[None, :], ok, dv, DV)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)

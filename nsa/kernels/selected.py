@@ -25,6 +25,7 @@ from nsa.blocks import Pattern
 from nsa.kernels import combine, window
 from nsa.kernels import selected_device as device
 from nsa.kernels.lists import Layout, build, layout
+from nsa.kernels.plain.dense import gated
 from nsa.kernels.primitives import LOG2E, capability, on_device, padded, precision
 
 # Bounds of the workspace: partial results of a chunk of queries, and the bit words of a stretch of chunks. With the
@@ -206,17 +207,18 @@ class _Gates:
     @classmethod
     def of(cls, cmp: torch.Tensor, win: torch.Tensor, logits: torch.Tensor, softmax: bool) -> _Gates:
         out = torch.empty(cmp.shape, dtype=cmp.dtype, device=cmp.device)
-        return cls(_rows(cmp), _rows(win), _rows(logits), softmax, out)
+        return cls(_rows(cmp), _rows(win), logits, softmax, out)
 
     def arguments(self) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, bool]]:
         """Tensors, strides and constants of a kernel that writes the sum."""
-        tensors = (self.out, self.cmp, self.win, self.logits)
-        strides = (*self.cmp.stride()[:3], *self.win.stride()[:3], *self.logits.stride()[:3])
+        by_token, by_head, logits = combine.logits_rows(self.logits)
+        tensors = (self.out, self.cmp, self.win, logits)
+        strides = (*self.cmp.stride()[:3], *self.win.stride()[:3], by_token, by_head)
         return tensors, strides, {"SUM": True, "SOFTMAX": self.softmax}
 
 
 def _arguments(gates: _Gates | None, sel: torch.Tensor) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, bool]]:
-    return gates.arguments() if gates else ((sel,) * 4, (0,) * 9, {"SUM": False, "SOFTMAX": False})
+    return gates.arguments() if gates else ((sel,) * 4, (0,) * 8, {"SUM": False, "SOFTMAX": False})
 
 
 def forward(
@@ -333,13 +335,12 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; dk and dv are 0 past S. Equal runs are equal.
 
-    gate and delta fp32 [B,T,H]: the gradient of out is dout * gate, and delta = gate * rowsum(dout * out); None: it is
-    dout. lists: what `forward_summed` returned. plus: gradients [B,T,H,Dk], at most two, added to dq in fp32.
+    What gate and delta mean: `nsa.ops.branch`. lists: what `forward_summed` returned. plus: gradients [B,T,H,Dk], at most two, added to dq in fp32.
     """
     if blocks is None:
         dq, dk, dv = window.backward(dout, q, k, v, None, out, lse, p._replace(w=S), S, backend, gate, delta)
         return _sum(dq, plus) if plus else dq, dk, dv
-    q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
+    q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(gated(dout, gate))
     blocks, l_sel = _split(q, v, blocks, p.l_sel)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not out.numel():
@@ -349,34 +350,23 @@ def backward(
         if lists is None or not lists.numel():
             lists = build(blocks, plan.layout)
         lse = lse.contiguous()
-        gradient = _Upstream.of(dout, out, lse, gate, delta)
-        _backward(plan, gradient, q, k, v, blocks, lse, lists, plus, dq, dk, dv)
+        # fp32 takes back the rounding of lse, the larger part of its error; below that it is lost in the inputs'. An
+        # lse that carries a gate has no such sum.
+        mass = _mass(plan, q, k, blocks, lse) if q.dtype == torch.float32 and delta is None else None
+        delta = _row_products(out, dout) if delta is None else delta.contiguous()
+        _backward(plan, dout, q, k, v, blocks, lse, delta, mass, lists, plus, dq, dk, dv)
     return dq, dk, dv
 
 
-@dataclass(frozen=True)
-class _Upstream:
-    """The gradient of the branch's output, dout * gate, and delta, its products with the output's rows."""
-
-    dout: torch.Tensor
-    gate: torch.Tensor
-    delta: torch.Tensor
-    gated: bool
-
-    @classmethod
-    def of(
-        cls, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, gate: torch.Tensor | None,
-        delta: torch.Tensor | None,
-    ) -> _Upstream:  # fmt: skip
-        if gate is not None and delta is not None:
-            return cls(dout, gate.contiguous(), delta.contiguous(), True)
-        made = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
-        B, T, H, DV = out.shape
-        device.row_products[(triton.cdiv(T * H, _merged_rows(DV)), B)](
-            out.contiguous(), dout, made, *dout.stride()[:3], T, H, DV=DV, DVP=padded(DV), ROWS=_merged_rows(DV),
-            num_warps=4,
-        )  # fmt: skip
-        return cls(dout, made, made, False)
+def _row_products(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    """rowsum(out * dout) [B,T,H], fp32."""
+    B, T, H, DV = out.shape
+    made = torch.empty((B, T, H), dtype=torch.float32, device=out.device)
+    device.row_products[(triton.cdiv(T * H, _merged_rows(DV)), B)](
+        out.contiguous(), dout, made, *dout.stride()[:3], T, H, DV=DV, DVP=padded(DV), ROWS=_merged_rows(DV),
+        num_warps=4,
+    )  # fmt: skip
+    return made
 
 
 def _mass(plan: _Plan, q: torch.Tensor, k: torch.Tensor, blocks: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -391,27 +381,25 @@ def _mass(plan: _Plan, q: torch.Tensor, k: torch.Tensor, blocks: torch.Tensor, l
 
 
 def _backward(
-    plan: _Plan, up: _Upstream, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor,
-    lse: torch.Tensor, lists: torch.Tensor, plus: tuple[torch.Tensor, ...], dq: torch.Tensor, dk: torch.Tensor,
-    dv: torch.Tensor,
+    plan: _Plan, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor,
+    lse: torch.Tensor, delta: torch.Tensor, mass: torch.Tensor | None, lists: torch.Tensor,
+    plus: tuple[torch.Tensor, ...], dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
 ) -> None:  # fmt: skip
     sizes, held, L = plan.sizes, k.shape[1], plan.layout.L
     width = plan.DK + plan.DV
-    # fp32 takes back the rounding of lse, the larger part of its error; below that it is lost in the inputs'.
-    mass = _mass(plan, q, k, blocks, lse) if q.dtype == torch.float32 else lse
     partial = q.new_empty(plan.places * sizes["N"], plan.DK)
     spill = lse.new_empty(plan.groups * plan.layout.spill_rows * padded(L), width)
     chunks = plan.layout.chunks
     total = lse.new_empty(plan.groups * held, width) if len(chunks) > 1 else spill
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *up.dout.stride()[:3])
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     gather = {name: sizes[name] for name in ("L", "BS", "DK", "DV", "DKP", "DVP")}
     for chunk in chunks:
         a, n = chunk.start, chunk.stop - chunk.start
         edge = (chunk is chunks[0]) + 2 * (chunk is chunks[-1])
         device.block_backward[(chunk.pieces[1], plan.groups)](
-            q, k, v, up.dout, lse, up.delta, up.gate, mass, lists, partial, total, dk, dv, spill,
+            q, k, v, dout, lse, delta, lse if mass is None else mass, lists, partial, total, dk, dv, spill,
             *strides, plan.DK**-0.5, plan.S, plan.T, a, n, plan.G, chunk.tables[1], chunk.rooms[1], held, edge,
-            **sizes, GATED=up.gated, **plan.options["backward"],
+            **sizes, MASS=mass is not None, **plan.options["backward"],
         )  # fmt: skip
         device.gather_spill[(plan.groups * triton.cdiv(held, L), padded(L) // 16)](
             lists, spill, total, dk, dv, plan.S, plan.G, plan.groups, chunk.known, held, edge,

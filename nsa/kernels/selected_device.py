@@ -16,7 +16,7 @@ from nsa.kernels.primitives import exp2, far, popcount, visible
 @triton.jit
 def _finish(
     Sel, Lse, Sum, Cmp, Win, Logits, sel, lse, b, i, h, dv, ok, T, H,
-    sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h,
+    sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_t, sl_h,
     DV: tl.constexpr, SUM: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """Write rows (b, i, h) of the branch's output, their natural lse and, if SUM, the gated sum of the branches."""
@@ -26,7 +26,7 @@ def _finish(
     tl.store(Sel + at, sel.to(Sel.dtype.element_ty), mask=inside)
     tl.store(Lse + row, lse, mask=ok)
     if SUM:
-        g_cmp, g_sel, g_win = _gates(Logits, b * sl_b + i * sl_t + h * sl_h, 1, ok, SOFTMAX)
+        g_cmp, g_sel, g_win = _gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX)
         cmp = tl.load(Cmp + (b * sc_b + i * sc_t + h * sc_h)[:, None] + dv[None, :], mask=inside, other=0.0)
         win = tl.load(Win + (b * sw_b + i * sw_t + h * sw_h)[:, None] + dv[None, :], mask=inside, other=0.0)
         total = g_cmp[:, None] * cmp.to(tl.float32) + g_sel[:, None] * sel + g_win[:, None] * win.to(tl.float32)
@@ -173,7 +173,7 @@ def near_forward(
 @triton.jit
 def merge(
     Partial, PartialLse, Blocks, Sel, Lse, Sum, Cmp, Win, Logits,
-    sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h, S, T, start, Tc, G,
+    sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_t, sl_h, S, T, start, Tc, G,
     N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr,
     IP: tl.constexpr, SUM: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +209,7 @@ def merge(
     lse = tl.where(z == 0.0, float("-inf"), safe * 0.6931471805599453 + tl.log(tl.where(z == 0.0, 1.0, z)))
     _finish(
         Sel, Lse, Sum, Cmp, Win, Logits, out, lse, b, start + i, g * R + head, dv, ok, T, G * R,
-        sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h, DV, SUM, SOFTMAX,
+        sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_t, sl_h, DV, SUM, SOFTMAX,
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def _lowest(bit):
 @triton.jit
 def union_forward(
     Q, K, V, Blocks, Sel, Lse, Reads, Sum, Cmp, Win, Logits, sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g,
-    sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h, scale2, S, T, G,
+    sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_t, sl_h, scale2, S, T, G,
     N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DKP: tl.constexpr, DVP: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
     IP: tl.constexpr, SUM: tl.constexpr, SOFTMAX: tl.constexpr, ALWAYS: tl.constexpr,
@@ -297,7 +297,7 @@ def union_forward(
     lse = tl.where(some, m * 0.6931471805599453 + tl.log(tl.where(some, z, 1.0)), float("-inf"))
     _finish(
         Sel, Lse, Sum, Cmp, Win, Logits, out, lse, b, i, head, dv, ok, T, G * R,
-        sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h, DV, SUM, SOFTMAX,
+        sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_t, sl_h, DV, SUM, SOFTMAX,
     )  # fmt: skip
     if COUNT:
         tl.atomic_add(Reads + bg, tl.sum(reads, 0).to(tl.int64))
@@ -306,7 +306,7 @@ def union_forward(
 @triton.jit
 def query_forward(
     Q, K, V, Blocks, Sel, Lse, Reads, Sum, Cmp, Win, Logits, sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g,
-    sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h, scale2, S, T, G,
+    sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_t, sl_h, scale2, S, T, G,
     N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DKP: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, IP: tl.constexpr,
     SUM: tl.constexpr, SOFTMAX: tl.constexpr,
@@ -354,7 +354,7 @@ def query_forward(
     lse = tl.where(some, m * 0.6931471805599453 + tl.log(tl.where(some, z, 1.0)), float("-inf"))
     _finish(
         Sel, Lse, Sum, Cmp, Win, Logits, out, lse, b, i, head, dv, ok, T, G * R,
-        sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_b, sl_t, sl_h, DV, SUM, SOFTMAX,
+        sc_b, sc_t, sc_h, sw_b, sw_t, sw_h, sl_t, sl_h, DV, SUM, SOFTMAX,
     )  # fmt: skip
     if COUNT:
         tl.atomic_add(Reads + bg, tl.sum(reads, 0).to(tl.int64), mask=tl.program_id(2) == 0)
@@ -415,11 +415,11 @@ def query_mass(
 
 @triton.jit(do_not_specialize=["edge"])
 def block_backward(
-    Q, K, V, Dout, Lse, Delta, Gate, Mass, Lists, Partial, Total, Dk, Dv, Spill,
+    Q, K, V, Dout, Lse, Delta, Mass, Lists, Partial, Total, Dk, Dv, Spill,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, sd_b, sd_t, sd_h,
     scale, S, T, start, Tc, G, table, room, held, edge,
     N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    DKP: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, IP: tl.constexpr, GATED: tl.constexpr,
+    DKP: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, IP: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
     """A piece of a list: its pairs' dQ, and what they add to dK and dV of the block.
 
@@ -478,23 +478,15 @@ def block_backward(
         s = tl.dot(q, tl.trans(k), input_precision=IP)
         if IP == "ieee":
             # lse is subtracted before the change of base: its product would be rounded, and a row's error with it.
-            mass = tl.load(Mass + row, mask=ok, other=1.0)
-            p = exp2((s * scale - lse[:, None]) * 1.4426950408889634, IP) * (1.0 / mass)[:, None]
+            p = exp2((s * scale - lse[:, None]) * 1.4426950408889634, IP)
+            if MASS:
+                p = p * (1.0 / tl.load(Mass + row, mask=ok, other=1.0))[:, None]
         else:
             p = exp2(s * scale2 - (lse * 1.4426950408889634)[:, None], IP)
         p = tl.where(see, p, 0.0)
-        # The gate scales products of dout's rows, not the rows: a dot's operand stays where it was loaded.
-        if GATED:
-            gate = tl.load(Gate + row, mask=ok, other=0.0)
-            grad_v += tl.dot(tl.trans((p * gate[:, None]).to(do.dtype)), do, input_precision=IP)
-        else:
-            grad_v += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=IP)
+        grad_v += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=IP)
         dp = tl.dot(do, tl.trans(v), input_precision=IP)
-        if GATED:
-            ds = p * (dp * (gate * scale)[:, None] - delta[:, None])
-        else:
-            ds = p * (dp * scale - delta[:, None])
-        ds = ds.to(q.dtype)
+        ds = (p * (dp * scale - delta[:, None])).to(q.dtype)
         grad_k += tl.dot(tl.trans(ds), q, input_precision=IP)
         dq = tl.dot(ds, k, input_precision=IP)
         place = (bg * Tc * N + pair - start * N) * R + head

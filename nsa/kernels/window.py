@@ -88,7 +88,7 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=1024)
 def _sizes(
-    kernel: str, sm: int, dtype: torch.dtype, T: int, R: int, DK: int, DV: int, gated: bool = False
+    kernel: str, sm: int, dtype: torch.dtype, T: int, R: int, DK: int, DV: int, given: bool = False
 ) -> dict[str, Any]:
     """What a launch is specialised for."""
     chosen = launch(kernel, sm, max(padded(DK), padded(DV)), dtype.itemsize)
@@ -102,8 +102,8 @@ def _sizes(
     if kernel != "dkv":
         span = (R - math.gcd(R, rows) + rows - 1) // R + 1
         sizes |= {"SPAN": span, "DIAG": padded(span)}
-    if kernel != "forward":
-        sizes["GATED"] = gated
+    if kernel == "dq":
+        sizes["DELTA"] = given
     return sizes
 
 
@@ -137,27 +137,27 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; 0 for keys that no query sees.
 
-    With gate and delta [B,T,H], fp32, of gate * out instead: delta is gate * rowsum(dout * out), and out is not read.
+    What gate and delta mean: `nsa.ops.branch`. With delta out is not read.
     """
     (B, T, _, DK), (_, N, G, DV), K = q.shape, v.shape, min(S, k.shape[1])
-    dout, q, k, v = _operand(dout), _operand(q), _operand(k), _operand(v)
+    dout, q, k, v = _operand(gated(dout, gate)), _operand(q), _operand(k), _operand(v)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     lse = lse.contiguous()
-    if gate is None or delta is None:
-        gated, beside, delta = False, _operand(out).contiguous(), torch.empty_like(lse)
-    else:
-        gated, beside, delta = True, gate.contiguous(), delta.contiguous()
+    given = delta is not None
+    out, delta = (
+        (dout, delta.contiguous()) if delta is not None else (_operand(out).contiguous(), torch.empty_like(lse))
+    )
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
     place = (DK**-0.5, min(p.w, K), K - T, T, G)
     with on_device(q):
-        sizes = _sizes("dq", *_shape(q, k, v), gated)
+        sizes = _sizes("dq", *_shape(q, k, v), given)
         device.backward_dq[(triton.cdiv(T * sizes["R"], sizes["ROWS"]) * B * G,)](
-            q, k, v, dout, beside, lse, delta, dq, *strides, *place, **sizes
+            q, k, v, dout, out, lse, delta, dq, *strides, *place, **sizes
         )
-        sizes = _sizes("dkv", *_shape(q, k, v), gated)
+        sizes = _sizes("dkv", *_shape(q, k, v))
         device.backward_dkv[(triton.cdiv(N, sizes["KEYS"]) * B * G,)](
-            q, k, v, dout, beside, lse, delta, dk, dv, *strides, *place, N, **sizes
+            q, k, v, dout, lse, delta, dk, dv, *strides, *place, N, **sizes
         )
     return dq[..., :DK].contiguous(), dk[..., :DK].contiguous(), dv[..., :DV].contiguous()

@@ -1,5 +1,5 @@
 """The kernels of window.py. Strides are named by tensor and axis: sq_t is q's over tokens; the last one of a tensor is
-1. Results, lse, gate and delta are contiguous.
+1. Results, lse and delta are contiguous.
 
 Sizes: R heads a group; DK, DV head dims in tiles of DKP, DVP; ROWS of a tile, a row being one head of one query, packed
 without a gap; SPAN the queries that a tile's rows may touch, in a tile of DIAG keys; KEYS of a tile; IP the precision
@@ -8,8 +8,8 @@ of every dot. Row i of q sees keys first + i - w + 1 .. first + i. Scores are in
 Only tiles at the band's edges are masked. That is a branch round the mask alone: one round a load would cost its
 pipelining, and a loop for each kind of tile, its filling and draining. ALWAYS masks every tile, without a branch.
 
-GATED: the gradient of a row's output is dout times the row's gate. The gate multiplies scores, not dout: a tile of dout
-stays in shared memory as it was loaded, and is not rounded twice.
+DELTA: a row's delta is given, and its lse may be less the log of a gate: the weights then carry the gate, and nothing
+more is done or loaded for it.
 """
 
 import triton
@@ -123,13 +123,13 @@ def forward(
 
 @triton.jit
 def backward_dq(
-    Q, K, V, Dout, GateOrOut, Lse, Delta, Dq,
+    Q, K, V, Dout, Out, Lse, Delta, Dq,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, sd_b, sd_t, sd_h, scale, w, first, T, G,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, DIAG: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr,
-    ALWAYS: tl.constexpr, GATED: tl.constexpr,
+    ALWAYS: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """A program: dq of ROWS rows of one group. Delta is read if GATED, else written, rowsum(out * dout)."""
+    """A program: dq of ROWS rows of one group. Delta is read if DELTA, else written, rowsum(out * dout)."""
     tile, b, g = _tile(tl.cdiv(T * R, ROWS), G)
     x = tile * ROWS + tl.arange(0, ROWS)
     i = (x // R).to(tl.int64)
@@ -144,11 +144,10 @@ def backward_dq(
     q = _load(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :], ok, dk, DK)
     do = _load(Dout + b * sd_b + i[:, None] * sd_t + head[:, None] * sd_h + dv[None, :], ok, dv, DV)
     lse = _in_units(tl.load(Lse + row, mask=ok, other=0.0), IP)
-    if GATED:
-        gate = tl.load(GateOrOut + row, mask=ok, other=0.0)
+    if DELTA:
         delta = tl.load(Delta + row, mask=ok, other=0.0)
     else:
-        o = _load(GateOrOut + row[:, None] * DV + dv[None, :], ok, dv, DV)
+        o = _load(Out + row[:, None] * DV + dv[None, :], ok, dv, DV)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         tl.store(Delta + row, delta, mask=ok)
     # The keys from the first row's own on, then those before it, as in the forward.
@@ -159,8 +158,6 @@ def backward_dq(
     see = (own[None, :] <= t[:, None]) & (own[None, :] > (t - w)[:, None])
     own_p = tl.where(see, _weights(tl.dot(q, tl.trans(own_k), input_precision=IP), lse[:, None], scale, IP), 0.0)
     own_dp = tl.dot(do, tl.trans(own_v), input_precision=IP)
-    if GATED:
-        own_dp *= gate[:, None]
     own_ds = own_p * (own_dp - delta[:, None])
     dq = tl.dot(own_ds.to(own_k.dtype), own_k, input_precision=IP)
     before = tl.minimum(w - 1, t0)
@@ -179,8 +176,6 @@ def backward_dq(
         elif j >= whole:
             p = tl.where(_not_before(token, t - w), p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=IP)
-        if GATED:
-            dp *= gate[:, None]
         ds = p * (dp - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision=IP)
     tl.store(
@@ -191,14 +186,14 @@ def backward_dq(
 
 @triton.jit
 def backward_dkv(
-    Q, K, V, Dout, Gate, Lse, Delta, Dk, Dv,
+    Q, K, V, Dout, Lse, Delta, Dk, Dv,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_g, sv_b, sv_t, sv_g, sd_b, sd_t, sd_h, scale, w, first, T, G, N,
     R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr, ALWAYS: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, IP: tl.constexpr, ALWAYS: tl.constexpr,
 ):  # fmt: skip
     """A program: dk and dv of KEYS of the N keys of one group, from all rows that see one of them, in order.
 
-    Keys that no row sees, those from first + T on among them, are not read and get 0. Gate is read if GATED.
+    Keys that no row sees, those from first + T on among them, are not read and get 0.
     """
     tile, b, g = _tile(tl.cdiv(N, KEYS), G)
     s0 = tile * KEYS
@@ -234,12 +229,7 @@ def backward_dkv(
         elif (j < near) | (j >= far):
             p = tl.where(_seen_by(token, first + x // R, w), p, 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision=IP)
-        if GATED:
-            gate = tl.load(Gate + row, mask=ok, other=0.0)
-            dp *= gate[None, :]
-            grad_v += tl.dot((p * gate[None, :]).to(do.dtype), do, input_precision=IP)
-        else:
-            grad_v += tl.dot(p.to(do.dtype), do, input_precision=IP)
+        grad_v += tl.dot(p.to(do.dtype), do, input_precision=IP)
         ds = p * (dp - delta[None, :])
         grad_k += tl.dot(ds.to(q.dtype), q, input_precision=IP)
     to = (b * N + at) * G + g

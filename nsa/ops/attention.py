@@ -140,23 +140,23 @@ def _body_backward(
 ):  # fmt: skip
     p, S = Pattern(*pattern), seq_len
     plan = Plan.of(q, k_cmp, v_cmp, logits, p, S if rows is None else None, training=True, backend=backend)
-    d_logits, gates, deltas = combine.fold(plan.backend("combine"), dout, cmp, sel, win, logits, softmax)
-    run = (dout, p, S, rows)
-    dq_cmp, dk_cmp, dv_cmp = _backward(
-        plan, "compressed", (q, k_cmp, v_cmp, None), cmp, lse_cmp, gates[0], deltas[0], *run
+    folds = tuple(plan.backend(op) == "triton" for op in ("compressed", "selected", "window"))
+    d_logits, (up_cmp, up_sel, up_win) = combine.fold(
+        plan.backend("combine"), dout, (cmp, sel, win), (lse_cmp, lse_sel, lse_win), logits, softmax, folds
     )
-    dq_win, dk_win, dv_win = _backward(plan, "window", (q, k_win, v_win, None), win, lse_win, gates[2], deltas[2], *run)
+    run = (dout, p, S, rows)
+    dq_cmp, dk_cmp, dv_cmp = _backward(plan, "compressed", (q, k_cmp, v_cmp, None), cmp, up_cmp, *run)
+    dq_win, dk_win, dv_win = _backward(plan, "window", (q, k_win, v_win, None), win, up_win, *run)
     if plan.summed:
         form, listed = plan.form("selected", q), blocks if blocks.numel() else None
+        lse_sel, gate, delta = up_sel
         dq, dk_sel, dv_sel = form.backward(
-            dout, q, k_sel, v_sel, listed, sel, lse_sel, p, S, plan.backend("selected"), gates[1], deltas[1],
+            dout, q, k_sel, v_sel, listed, sel, lse_sel, p, S, plan.backend("selected"), gate, delta,
             lists=lists, plus=(dq_cmp, dq_win),
         )  # fmt: skip
         routing.launches["selected_backward", plan.backend("selected")] += 1
     else:
-        dq_sel, dk_sel, dv_sel = _backward(
-            plan, "selected", (q, k_sel, v_sel, blocks), sel, lse_sel, gates[1], deltas[1], *run
-        )
+        dq_sel, dk_sel, dv_sel = _backward(plan, "selected", (q, k_sel, v_sel, blocks), sel, up_sel, *run)
         dq = dq_cmp + dq_sel + dq_win
     return dq, dk_cmp, dv_cmp, dk_sel, dv_sel, dk_win, dv_win, d_logits
 
@@ -166,9 +166,10 @@ def _forward(plan: Plan, op: str, inputs: tuple[Any, ...], p: Pattern, S: int, r
 
 
 def _backward(
-    plan: Plan, op: str, inputs: tuple[Any, ...], out: torch.Tensor, lse: torch.Tensor, gate: torch.Tensor,
-    delta: torch.Tensor, dout: torch.Tensor, p: Pattern, S: int, rows: Any,
+    plan: Plan, op: str, inputs: tuple[Any, ...], out: torch.Tensor, up: combine.Upstream, dout: torch.Tensor,
+    p: Pattern, S: int, rows: Any,
 ) -> branch.Three:  # fmt: skip
+    lse, gate, delta = up
     form = plan.form(op, inputs[0])
     return branch.backward(op, form, plan.backend(op), dout, inputs, out, lse, p, S, rows, gate, delta)
 
@@ -183,8 +184,8 @@ _step = operator.define(
 )
 _step_back = operator.define(
     f"attention_backward(Tensor dout, {_KEYS}, Tensor blocks, Tensor cmp, Tensor lse_cmp, Tensor sel, Tensor lse_sel, "
-    "Tensor win, Tensor lse_win, Tensor lists, int[] pattern, bool softmax, SymInt seq_len, Tensor? rows, str? backend) -> "
-    "(Tensor dq, Tensor dk_cmp, Tensor dv_cmp, Tensor dk_sel, Tensor dv_sel, Tensor dk_win, Tensor dv_win, "
+    "Tensor win, Tensor lse_win, Tensor lists, int[] pattern, bool softmax, SymInt seq_len, Tensor? rows, "
+    "str? backend) -> (Tensor dq, Tensor dk_cmp, Tensor dv_cmp, Tensor dk_sel, Tensor dv_sel, Tensor dk_win, Tensor dv_win, "
     "Tensor dlogits)",
     _body_backward,
     lambda dout, *rest: tuple(x.new_empty(x.shape) for x in rest[:8]),

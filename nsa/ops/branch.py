@@ -4,8 +4,9 @@ A form is a module that `routing.form` names, with
     forward(q, k, v, blocks, pattern, S, count, backend) -> out, lse, reads
     backward(dout, q, k, v, blocks, out, lse, pattern, S, backend, gate, delta) -> dq, dk, dv
 blocks are the selected branch's alone. reads [B,G] int64 are counted where keys are loaded, and empty unless `count`.
-With gate [B,T,H] fp32 the upstream gradient is dout * gate; delta is then gate * rowsum(dout * out). A form with
-RAGGED = True also takes `lengths`, and then waits for no device.
+With gate [B,T,H] fp32 the upstream gradient is dout * gate. A Triton form may be given delta [B,T,H] fp32 instead,
+rowsum(dout * out), and an lse less the log of the gate: its weights exp(score - lse) then carry the gate, and with it
+every gradient, at no cost. A form with RAGGED = True also takes `lengths`, and then waits for no device.
 """
 
 from __future__ import annotations

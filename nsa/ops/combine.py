@@ -70,22 +70,28 @@ def summed(
     return _reference(cmp, sel, win, logits, softmax)
 
 
+Upstream = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
 def fold(
-    backend: str, dout: torch.Tensor, cmp: torch.Tensor, sel: torch.Tensor, win: torch.Tensor, logits: torch.Tensor,
-    softmax: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """What the branches' backward passes need of the gated sum's, in place of three scaled gradients: d_logits, gates
-    [3,B,T,H] and deltas [3,B,T,H], gate * rowsum(dout * branch output), both in at least fp32."""
+    backend: str, dout: torch.Tensor, outs: tuple[torch.Tensor, ...], lses: tuple[torch.Tensor, ...],
+    logits: torch.Tensor, softmax: bool, folds: tuple[bool, ...],
+) -> tuple[torch.Tensor, list[Upstream]]:  # fmt: skip
+    """d_logits, and for the backward of cmp, sel and win, in place of three scaled gradients, (lse, gate, delta) as
+    `nsa.ops.branch` has them: `folds` says whose form takes its gate in lse."""
     routing.launches["combine_backward", backend] += 1
+    wide = torch.promote_types(dout.dtype, torch.float32)
     if backend == "triton":
         from nsa.kernels import combine as kernel
 
-        return kernel.fold(dout, cmp, sel, win, logits, softmax)
-    wide = torch.promote_types(dout.dtype, torch.float32)
+        d_logits, folded, deltas = kernel.fold(dout, outs, lses, logits, softmax)
+        g = None if all(folds) else _gates(logits.to(wide), softmax).movedim(-1, 0)
+        pairs = zip(folds, lses, range(3), strict=True)
+        return d_logits, [(folded[i], None, deltas[i]) if f else (lse, g[i], None) for f, lse, i in pairs]  # type: ignore[index]
     g = _gates(logits.to(wide), softmax).movedim(-1, 0)
-    deltas = g * torch.stack([(dout.to(wide) * x).sum(-1) for x in (cmp, sel, win)])
+    deltas = g * torch.stack([(dout.to(wide) * x).sum(-1) for x in outs])
     d_logits = deltas - g * deltas.sum(0) if softmax else deltas * (1 - g)
-    return d_logits.movedim(0, -1).to(logits.dtype), g, deltas
+    return d_logits.movedim(0, -1).to(logits.dtype), [(lse, one, None) for lse, one in zip(lses, g, strict=True)]
 
 
 def _body(cmp, sel, win, logits, softmax, backend):
@@ -100,8 +106,8 @@ def _body_backward(dout, cmp, sel, win, logits, softmax, backend):
 
         routing.launches["combine_backward", route.backend] += 1
         return kernel.backward(dout, cmp, sel, win, logits, softmax)
-    d_logits, g, _ = fold(route.backend, dout, cmp, sel, win, logits, softmax)
-    return *(dout * one.unsqueeze(-1).to(dout.dtype) for one in g), d_logits
+    d_logits, ups = fold(route.backend, dout, (cmp, sel, win), (cmp,) * 3, logits, softmax, (False,) * 3)
+    return *(dout * gate.unsqueeze(-1).to(dout.dtype) for _, gate, _ in ups if gate is not None), d_logits
 
 
 _forward = operator.define(
