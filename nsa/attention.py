@@ -22,7 +22,7 @@ from nsa.rope import Rope
 # Columns of the one product are a multiple of this, so that every row of its result begins at an aligned address.
 _COLUMNS = 64
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-# Ahead of FA-2 on sm_90 at every training length, forward and backward; FA-2 elsewhere.
+# cuDNN was measured ahead of FA-2 on sm_90; the others where it cannot run.
 _DENSE = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         return ids
 
 
-def _run_block(block: Block, x: torch.Tensor, rope: Rope, checkpointing: bool) -> torch.Tensor:
+def _run_block(block: nn.Module, x: torch.Tensor, rope: Rope, checkpointing: bool) -> torch.Tensor:
     if checkpointing:
         return checkpoint.checkpoint(block, x, rope, use_reentrant=False, context_fn=_keep_block_choice)
     return block(x, rope)

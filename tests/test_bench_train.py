@@ -136,7 +136,7 @@ def test_on_a_cpu_the_outermost_operators_are_the_work():
 
 
 def test_the_operations_of_a_token_are_counted_by_hand():
-    """One layer, one head, dense: 2 x (q, k, v, o, three of the SwiGLU, the head) + scores and sums over (S+1)/2 keys."""
+    """One layer, one head, dense: 2 x (q, k, v, o, SwiGLU, head) + scores and sums over (S+1)/2 keys."""
     shape = {
         "vocab_size": 10,
         "dim": 4,

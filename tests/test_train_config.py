@@ -151,5 +151,5 @@ def test_the_dense_twin_takes_the_125m_config_and_refuses_a_pattern():
     assert config.load(M7C, [dense]).model.attention == "dense"
     with pytest.raises(ConfigError, match=r"train_showcase.yaml: nsa.l = 16: model.attention = dense has no sparse"):
         config.load(SHOWCASE, [dense])
-    with pytest.raises(ConfigError, match="model.attention = 'flash'"):
+    with pytest.raises(ConfigError, match=r"model\.attention = 'flash'"):
         config.load(SHOWCASE, [config.parse_set("model.attention=flash")])

@@ -67,7 +67,8 @@ def unsupported(backend: str, logits: torch.Tensor) -> list[str]:
 def losses_(logits: torch.Tensor, targets: torch.Tensor, V: int, losses: torch.Tensor, *, gradient: bool) -> None:
     """Write every row's loss and, with `gradient`, the loss's gradient over the logits.
 
-    Losses are in nats, fp32, 0 where the target is -100. logits [rows, width], last stride 1, of which the first V columns are real: the rest is never read, and gets 0.
+    Losses are in nats, fp32, 0 where the target is -100. logits [rows, width], last stride 1, of which the first V
+    columns are real: the rest is never read, and gets 0.
     targets [rows] int64; losses [rows] fp32.
     """
     rows, width = logits.shape

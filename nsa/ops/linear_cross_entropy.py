@@ -1,6 +1,7 @@
 """The head and its loss as one operator: logits exist a chunk of tokens at a time, and so does their gradient.
 
-Both are made in the forward. So the head's product is made once, not again in the backward, and nothing of [tokens, vocabulary] is ever whole.
+Both are made in the forward: the head's product is made once, not again in the backward, and nothing of
+[tokens, vocabulary] is ever whole.
 """
 
 from functools import cache

@@ -99,7 +99,7 @@ def test_one_product_gives_what_the_projections_give_alone(shared_kv, dims):
         leaves += list(layer.gate_proj.parameters())
         found.append([*outs, *torch.autograd.grad(outs, leaves, grads)])
         if dims == (16, 16) and not alone:  # rows and their parts begin at aligned addresses
-            joint = [y for y in (q, *keys, *values)]
+            joint = (q, *keys, *values)
             assert all(y.stride(-1) == 1 and y.stride(1) % 16 == 0 and y.storage_offset() % 16 == 0 for y in joint)
             assert len({y.untyped_storage().data_ptr() for y in joint}) == 1
     for a, b in zip(*found, strict=True):

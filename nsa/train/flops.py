@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from nsa.blocks import reads_range
+from nsa.blocks import Reads, reads_range
 from nsa.config import ModelConfig
 
 # Dense bf16 products with fp32 sums, FLOP/s, from the makers' data sheets; the first name that is part of the card's.
@@ -27,22 +27,22 @@ def flops_per_token(cfg: ModelConfig, S: int) -> float:
 
     and for NSA the mean over the queries of what its branches read: compressed blocks (about S/d/2), tokens of chosen
     blocks (at most n_sel * l_sel, fewer while the sequence is short) and of the window; all as `nsa.blocks.reads`.
-    NSA's choice adds 2 * H * Dk for every compressed block read, which has no backward and counts once. Norms, rotation,
-    gates' products and softmax count nothing, nor does anything computed twice.
+    NSA's choice adds 2 * H * Dk for every compressed block read, which has no backward and counts once. Norms,
+    rotation, gates' products and softmax count nothing, nor does anything computed twice.
     """
     H, Dk, Dv = cfg.n_heads, cfg.d_k, cfg.d_v
     keys, scores = (S + 1) / 2, 0.0
     if cfg.attention == "nsa":
         read = _reads(cfg, S)
-        keys, scores = sum(read) / S, read[0] / S
+        keys, scores = read.total / S, read.cmp / S
     attention = 2 * H * (Dk + Dv) * keys
     forward = 2 * (cfg.n_layers * _weights(cfg) + cfg.vocab_size * cfg.dim) + cfg.n_layers * attention
     return 3 * forward + cfg.n_layers * 2 * H * Dk * scores
 
 
 @lru_cache(maxsize=64)
-def _reads(cfg: ModelConfig, S: int) -> tuple[int, int, int]:
-    return tuple(reads_range(0, S, cfg.nsa))
+def _reads(cfg: ModelConfig, S: int) -> Reads:
+    return reads_range(0, S, cfg.nsa)
 
 
 def _weights(cfg: ModelConfig) -> float:
