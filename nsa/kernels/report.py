@@ -102,8 +102,8 @@ def launches(case: Case, sm: int) -> list[Launch]:
             k_cmp, rest = k[:, : n_compressed(case.S, PATTERN)], (PATTERN, case.S)
             modules["compressed"].forward(q, k_cmp, k_cmp, None, *rest, False, "triton")
             if case.T == case.S:
-                for gate in (None, lse):
-                    modules["compressed"].backward(q, q, k_cmp, k_cmp, None, q, lse, *rest, "triton", gate, gate)
+                for delta in (None, lse):
+                    modules["compressed"].backward(q, q, k_cmp, k_cmp, None, q, lse, *rest, "triton", None, delta)
         if "selection" in modules:
             modules["selection"].select(q, k[:, : n_compressed(case.S, PATTERN)], lse, PATTERN, case.S)
         if "selected" in modules:
@@ -111,20 +111,20 @@ def launches(case: Case, sm: int) -> list[Launch]:
             modules["selected"].forward(*past)
             modules["selected"].forward_summed(*past, q, q, logits, False)
             if case.T == case.S:
-                for gate in (None, lse):
+                for delta in (None, lse):
                     modules["selected"].backward(
-                        q, q, k, k, blocks, q, lse, PATTERN, case.S, "triton", gate, gate, plus=(q, q) * (gate is lse)
+                        q, q, k, k, blocks, q, lse, PATTERN, case.S, "triton", None, delta, plus=(q, q) * (delta is lse)
                     )
         if "combine" in modules:
             modules["combine"].forward(q, q, q, logits, False)
             modules["combine"].backward(q, q, q, q, logits, False)
-            modules["combine"].fold(q, q, q, q, logits, False)
+            modules["combine"].fold(q, (q, q, q), (lse, lse, lse), logits, False)
         if "window" in modules and not modules["window"].unsupported("triton", q, k, k):
             modules["window"].forward(q, k, k, None, PATTERN, case.S, False, "triton")
             if case.T == case.S:
                 past = (q, q, k, k, None, q, lse, PATTERN, case.S, "triton")
                 modules["window"].backward(*past, None, None)
-                modules["window"].backward(*past, lse, lse)
+                modules["window"].backward(*past, None, lse)
     return recording.launches
 
 

@@ -262,7 +262,7 @@ def _forward(
     lse = q.new_empty(out.shape[:3], dtype=torch.float32)
     reads = q.new_zeros((q.shape[0], k.shape[2]) if count else (0,), dtype=torch.int64)
     if out.numel():
-        plan = _plan_of(q, v, *blocks.shape[2:], l_sel, S)
+        plan = _plan_of(q, v, blocks.shape[2], blocks.shape[3], l_sel, S)
         with on_device(q):
             if keep or plan.form == "block":
                 lists = build(blocks, plan.layout)
@@ -335,7 +335,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv of `forward`'s out, in the inputs' dtypes and shapes; dk and dv are 0 past S. Equal runs are equal.
 
-    What gate and delta mean: `nsa.ops.branch`. lists: what `forward_summed` returned. plus: gradients [B,T,H,Dk], at most two, added to dq in fp32.
+    What gate and delta mean: `nsa.ops.branch`. lists: what `forward_summed` returned. plus: gradients [B,T,H,Dk], at
+    most two, added to dq in fp32.
     """
     if blocks is None:
         dq, dk, dv = window.backward(dout, q, k, v, None, out, lse, p._replace(w=S), S, backend, gate, delta)
@@ -345,7 +346,7 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not out.numel():
         return dq, dk.zero_(), dv.zero_()
-    plan = _plan_of(q, v, *blocks.shape[2:], l_sel, S)
+    plan = _plan_of(q, v, blocks.shape[2], blocks.shape[3], l_sel, S)
     with on_device(q):
         if lists is None or not lists.numel():
             lists = build(blocks, plan.layout)

@@ -21,6 +21,7 @@ import triton
 from nsa.blocks import Pattern
 from nsa.kernels import window_device as device
 from nsa.kernels.flash.window import reads
+from nsa.kernels.plain.dense import gated
 from nsa.kernels.primitives import capability, on_device, padded, precision
 
 # Wider heads read outside their memory on an H200 (Triton 3.6.0, one stage, tiles of 256 columns): cause not found.

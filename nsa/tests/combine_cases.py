@@ -63,14 +63,16 @@ def by_kernel(
 def folded(
     inputs: list[torch.Tensor], softmax: bool, guard: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> list[str]:
-    """Where `fold` is further from fp64 than a dtype's sums allow: gates, deltas and the gradient of the logits."""
+    """Where `fold` is further from fp64 than a dtype's sums allow: lses, deltas and the gradient of the logits."""
     from nsa.kernels import combine as kernel
 
     cmp, sel, win, dout, logits = inputs
+    generator = torch.Generator().manual_seed(5)
+    lses = tuple(torch.randn(dout.shape[:3], generator=generator).to(dout.device) for _ in range(3))
     torch.use_deterministic_algorithms(True)
     try:
         with guard():
-            d_logits, *rows = kernel.fold(dout, cmp, sel, win, logits, softmax)
+            d_logits, *rows = kernel.fold(dout, (cmp, sel, win), lses, logits, softmax)
     finally:
         torch.use_deterministic_algorithms(False)
     exact = logits.detach().double().requires_grad_()
@@ -79,12 +81,14 @@ def folded(
     products = (dout.double() * branches).sum(-1)
     wanted = torch.autograd.grad((g.movedim(-1, 0) * products).sum(), exact)[0]
     g = g.detach().movedim(-1, 0)
+    logs = (exact.log_softmax(-1) if softmax else torch.nn.functional.logsigmoid(exact)).detach().movedim(-1, 0)
     # Of what is summed, a share of which may cancel.
-    most = ((dout.double() * branches).abs().sum(-1) * g).sum(0)
+    each = (dout.double() * branches).abs().sum(-1)
+    most = (each * g).sum(0)
     found = []
     for name, got, want, size, eps in (
-        ("gates", rows[0], g, torch.ones_like(g), 2e-6),
-        ("deltas", rows[1], g * products, most.expand_as(g), 2e-6),
+        ("lses", rows[0], torch.stack(lses).double() - logs, 1 + logs.abs(), 2e-6),
+        ("deltas", rows[1], products, each, 2e-6),
         ("d_logits", d_logits, wanted, most.unsqueeze(-1), max(2e-6, torch.finfo(logits.dtype).eps)),
     ):
         want_dtype = logits.dtype if name == "d_logits" else torch.float32

@@ -72,11 +72,12 @@ def run(
     try:
         with guard():
             out, lse, reads = compressed.forward(q, k, v, None, cfg.pattern, S, True, "triton", lengths=lengths)
-            past, delta = out, None
+            past, delta, folded = out, None, lse
             if gate is not None:
-                past, delta = torch.full_like(out, torch.nan), gate * (dout.float() * out.float()).sum(-1)
+                past, delta = torch.full_like(out, torch.nan), (dout.float() * out.float()).sum(-1)
+                folded = lse - gate.log()
             grads = compressed.backward(
-                dout, q, k, v, None, past, lse, cfg.pattern, S, "triton", gate, delta, lengths=lengths
+                dout, q, k, v, None, past, folded, cfg.pattern, S, "triton", None, delta, lengths=lengths
             )
     finally:
         torch.use_deterministic_algorithms(False)

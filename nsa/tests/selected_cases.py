@@ -141,9 +141,9 @@ def summed(
             total, out, lse, _, lists = selected.forward_summed(
                 at_q, at_k, at_v, at_blocks, cfg.pattern, S, False, "triton", at_cmp, at_win, at_logits, softmax
             )
-            delta = gate * (at_dout.float() * out.float()).sum(-1)
+            delta, folded = (at_dout.float() * out.float()).sum(-1), lse - gate.log()
             add = (plus[0].to(device), plus[1].to(device))
-            past = (at_dout, at_q, at_k, at_v, at_blocks, out, lse, cfg.pattern, S, "triton", gate, delta)
+            past = (at_dout, at_q, at_k, at_v, at_blocks, out, folded, cfg.pattern, S, "triton", None, delta)
             grads = selected.backward(*past, lists=lists, plus=add)
             alone = selected.backward(*past)
     finally:

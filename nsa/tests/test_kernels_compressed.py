@@ -159,7 +159,7 @@ def _poisoned(gated):
         with cases.settings(**TINY):
             # delta is the caller's, of rows that the forward gave 0 for: 0, unless dout is NaN itself.
             out, _, _ = _forward(q, k, v, lengths)
-            delta = None if given.gate is None else (given.gate * (dout * out).sum(-1)).nan_to_num()
+            delta = None if given.gate is None else (dout * out).sum(-1).nan_to_num()
             got.append((out, *_backward(dout, q, k, v, out, given.gate, delta, lengths)))
     return [torch.equal(a, b) for a, b in zip(*got, strict=True)], all(x.isfinite().all() for x in got[0])
 
@@ -174,7 +174,8 @@ def _backward(dout, q, k, v, out, gate, delta, lengths):
     from nsa.kernels import compressed
 
     lse = _forward(q, k, v, lengths)[1]
-    past = (None, out, lse, SMALL.pattern, 0, "triton", gate, delta)
+    lse = lse if gate is None else lse - gate.log()
+    past = (None, out, lse, SMALL.pattern, 0, "triton", None, delta)
     return compressed.backward(dout, q, k, v, *past, lengths=lengths)
 
 

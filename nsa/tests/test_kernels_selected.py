@@ -225,7 +225,7 @@ def _launches(union):
 
     cfg, count, stock = NSAConfig(**SMALL), [], interpreter.GridExecutor.__call__
     q, k, v = (x.to(torch.bfloat16) for x in inputs(1, 40, 90, G=1, R=2, Dk=16, Dv=16, dtype=torch.float32))
-    blocks, logits, gate = fixed_selection(1, 40, 1, 90, cfg), torch.zeros(1, 40, 2, 3), torch.ones(1, 40, 2)
+    blocks, logits, delta = fixed_selection(1, 40, 1, 90, cfg), torch.zeros(1, 40, 2, 3), torch.ones(1, 40, 2)
     interpreter.GridExecutor.__call__ = lambda self, *a, **b: (count.append(self.fn.__name__), stock(self, *a, **b))[1]
     try:
         with cases.bounds(selected, {"_UNION": union}):
@@ -234,7 +234,7 @@ def _launches(union):
             )
             found = [count[:]]
             for given in (lists, None):
-                past = (q, q, k, v, blocks, out, lse, cfg.pattern, 90, "triton", gate, gate)
+                past = (q, q, k, v, blocks, out, lse, cfg.pattern, 90, "triton", None, delta)
                 count.clear()
                 selected.backward(*past, lists=given, plus=(q, q))
                 found.append(count[:])
@@ -364,7 +364,7 @@ def _huge(form):
             a = [_apart(x) if far else x for x in (q, k, v, dout)]
             out, lse, reads = selected.forward(*a[:3], blocks, cfg.pattern, 100, True, "triton")
             past = (a[3], *a[:3], blocks, out, lse, cfg.pattern, 100, "triton")
-            grads = [selected.backward(*past, gate, gate) for gate in (None, torch.ones_like(lse))]
+            grads = [selected.backward(*past, None, delta) for delta in (None, torch.ones_like(lse))]
             found.append((out, lse, reads, *grads[0], *grads[1]))
     return [torch.equal(a, b) for a, b in zip(*found, strict=True)]
 

@@ -30,8 +30,8 @@ def run(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor]:
     """(q, k, v, gradient of out), (out, dq, dk, dv), lse for (B, T, S, G, R, Dk, Dv).
 
-    What torch.empty returns is NaN: a result that holds was written, all of it. Gated, the kernels are handed that
-    gradient in two factors, its products with the output, and no output.
+    What torch.empty returns is NaN: a result that holds was written, all of it. Gated, the kernels are handed
+    the gate in lse, the gradient's products with the output, and no output.
     """
     from nsa.kernels import window
 
@@ -43,19 +43,26 @@ def run(
     try:
         with guard():
             out, lse, _ = window.forward(q, k, v, None, p, S, False, "triton")
-            past = (q, k, v, None, torch.full_like(out, torch.nan) if gated else out, lse, p, S, "triton")
-            grads = window.backward(dout, *past, *(gates(dout, out) if gated else (None, None)))
+            past, folded, delta = out, lse, None
+            if gated:
+                gate = gates(out)
+                past, folded, delta = (
+                    torch.full_like(out, torch.nan),
+                    lse - gate.log(),
+                    (dout.float() * out.float()).sum(-1),
+                )
+            grads = window.backward(dout, q, k, v, None, past, folded, p, S, "triton", None, delta)
     finally:
         torch.use_deterministic_algorithms(False)
-    upstream = dout.double() * gates(dout, out)[0].double().unsqueeze(-1) if gated else dout
+    upstream = dout.double() * gates(out).double().unsqueeze(-1) if gated else dout
     return (q, k, v, upstream), (out, *grads), lse
 
 
-def gates(dout: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates of the rows, closed ones and open ones among them, and gate * rowsum(dout * out): [B,T,H] fp32."""
+def gates(out: torch.Tensor) -> torch.Tensor:
+    """Gates of the rows, closed ones and open ones among them, [B,T,H] fp32."""
     gate = torch.rand(out.shape[:3], generator=torch.Generator().manual_seed(2)).to(out.device)
     gate.flatten()[::5], gate.flatten()[1::7] = 0.0, 1.0
-    return gate, gate * (dout.float() * out.float()).sum(-1)
+    return gate
 
 
 def excess(shape: tuple[int, ...], w: int, dtype: torch.dtype, patience: float = 1.0, **more: Any) -> dict[str, float]:
