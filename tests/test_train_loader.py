@@ -364,8 +364,7 @@ def test_a_worker_loads_no_torch():
 )
 def test_workers_are_as_many_as_the_cores_of_a_rank_allow(monkeypatch, setting, cores, ranks, count):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert per_rank(setting, 1) == count
+    assert per_rank(setting, ranks) == count
 
 
 # --- what a stream refuses ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -84,6 +85,21 @@ class Loader:
             self._making = None
 
 
+class _HandOn:
+    """Hands the error that ends a thread to the one that can raise it to somebody, of whatever kind it is."""
+
+    def __init__(self, offer: Callable[[BaseException], None]) -> None:
+        self._offer = offer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is not None:
+            self._offer(error)
+        return True
+
+
 class _Making:
     """The thread that makes batches, and what it shares with the thread that takes them."""
 
@@ -131,13 +147,11 @@ class _Making:
     def _run(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # a new thread's is card 0, whose memory is another rank's
-        try:
+        with _HandOn(self._offer):
             while not self._stopped.is_set():
                 windows = self._source.batch()
                 position, epoch = self._source.state_dict(), self._source.epoch
                 self._offer(self._pin(windows, position, epoch))
-        except BaseException as error:  # it is the taker's to handle, of whatever kind it is
-            self._offer(error)
 
     def _offer(self, item: _Batch | BaseException) -> None:
         while not self._stopped.is_set():

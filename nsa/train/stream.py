@@ -179,7 +179,9 @@ class StreamWindows:
         self._held = {hashlib.sha256(text).digest() for text in held}
         self._val = torch.from_numpy(tokenizer.encode(held)[0].astype(np.int64))
         self._world = [world.rank, world.size]
-        self._count = workers.per_rank(cfg.data.workers, world.size)
+        # A host has no more ranks than cards.
+        here = min(world.size, torch.cuda.device_count()) if world.device.type == "cuda" else world.size
+        self._count = workers.per_rank(cfg.data.workers, here)
         self._tokenizer = tokenizer
         self._workers: workers.Workers | None = None
         self.summary = {

@@ -29,13 +29,12 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def per_rank(setting: str | int, ranks: int) -> int:
-    """How many processes `data.workers` means for one of `ranks` ranks (on this machine: as many as torchrun says).
+    """How many processes `data.workers` means for one of `ranks` ranks on this machine.
     auto: the rank's share of the cores, less one for the step, between 1 and 8. One core tokenises 218,000 tokens/s
     and a step of the 125M model takes 400,000, so four give it twice what it needs.
     """
     if isinstance(setting, int):
         return setting
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST, cores // ranks - 1))
 
