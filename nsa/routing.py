@@ -33,7 +33,7 @@ BACKENDS = ("reference", "torch", "sdpa", "flash", "cudnn", "triton")
 # compiled: each launch fits the card (`python -m nsa.kernels.report`) and the arithmetic holds in the interpreter, on
 #           every CPU run. They run when asked for, by name or by their flag.
 TRITON_PROOF: dict[str, dict[int, str]] = {
-    "compressed": {80: "compiled", 89: "compiled", 90: "compiled"},
+    "compressed": {80: "compiled", 89: "compiled", 90: "measured"},
     "selection": {80: "compiled", 89: "compiled", 90: "measured"},
     "selected": {80: "compiled", 89: "compiled", 90: "measured"},
     "combine": {80: "compiled", 89: "compiled", 90: "measured"},
@@ -45,6 +45,8 @@ _TRITON_SEL = ("selection", "selected")
 # FA-2 is built for sm_80 on. cuDNN's attention was measured, and found ahead of FA-2, on sm_90 with torch 2.11.
 _OLDEST_SM = {"flash": (8, 0), "cudnn": (9, 0)}
 _CUDNN_TORCH = (2, 11)
+# The compressed branch in Triton and by cuDNN take as long at 8,192 positions and head dim 128, and at 65,536 and 64.
+CUDNN_POSITIONS = 16_384
 
 # (op, backend) -> times its kernel really ran; bumped inside the opaque op, so a fallback cannot pass as a launch.
 launches: Counter[tuple[str, str]] = Counter()
@@ -215,6 +217,20 @@ def _inputs(op: str, backend: str, tensors: tuple[torch.Tensor, ...], facts: dic
     return list(_module(op, backend).unsupported(backend, *tensors, **facts))
 
 
+def _outrun(
+    op: str, backend: str, device: torch.device, tensors: tuple[torch.Tensor, ...], facts: dict[str, Any]
+) -> list[str]:
+    """The reason not to take the first preference unasked where a later one was measured ahead of it."""
+    if (op, backend) != ("compressed", "triton") or flags().use_triton_sel:
+        return []
+    T, width = tensors[0].shape[1], max(tensors[0].shape[-1], tensors[2].shape[-1])
+    if width <= 64 or T < CUDNN_POSITIONS or _environment(op, "cudnn", device):
+        return []
+    if _inputs(op, "cudnn", tensors, facts):
+        return []
+    return [f"cudnn is ahead from {CUDNN_POSITIONS} positions on at head dims above 64"]
+
+
 def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training: bool = False, **facts: int) -> Route:
     """Route an op for these inputs. A named backend runs or raises Unsupported with its reasons; None picks one.
 
@@ -232,6 +248,8 @@ def choose(op: str, *tensors: torch.Tensor, backend: str | None = None, training
         reasons += _environment(op, candidate, device)
         if not reasons and tensors:
             reasons = _inputs(op, candidate, tensors, facts)
+            if not reasons and backend is None:
+                reasons = _outrun(op, candidate, device, tensors, facts)
         if not reasons:
             _warn_if_asked_in_vain(op, candidate, rejected)
             return Route(op, candidate, rejected)

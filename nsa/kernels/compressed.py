@@ -41,15 +41,17 @@ _SUM = {"SPAN": 512, "TOGETHER": 8, "num_warps": 4}
 def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
     """The launch table: kernel (forward, dq, dkv), card, padded head dim, bytes of an element.
 
-    On sm_90 what was fastest for the window's kernels, which have the same loops; elsewhere what compiles within the
-    card's memory.
+    Times on sm_90, of 4 to 5 candidates each: docs/kernels.md. Elsewhere what compiles within the card's memory.
     """
     if itemsize == 4:
         return Launch(32, 32, 4, 1) if dim <= 64 else Launch(16, 16, 4, 1)
     if sm in (90, 100):
-        stages = 3 if dim <= 64 else 2
-        # Capped, two of these blocks share a multiprocessor.
-        return Launch(128, 64, 8, stages, 128) if kernel == "forward" else Launch(64, 64, 4, stages)
+        # Capped, two of the forward's blocks and three of dq's share a multiprocessor.
+        if kernel == "forward":
+            return Launch(128, 64, 8, 3 if dim <= 64 else 2, 128)
+        if dim <= 64:
+            return Launch(64, 64, 4, 2, 160) if kernel == "dq" else Launch(64, 64, 4, 3)
+        return Launch(64, 64, 4, 2) if kernel == "dq" else Launch(32, 64, 4, 3)
     if kernel == "dkv":
         return Launch(32, 64, 8, 2)
     return Launch(64, 64 if kernel == "forward" else 32, 4, 2)

@@ -104,7 +104,7 @@ def operand(x: torch.Tensor) -> torch.Tensor:
     if short := -x.shape[-1] % _EVEN:
         return F.pad(x, (0, short)).contiguous()
     a, b, c = strides(x)
-    if x.stride(-1) == 1 and (a | b | c | x.storage_offset()) % _EVEN == 0:
+    if x.stride(-1) == 1 and all(step % _EVEN == 0 for step in (a, b, c, x.storage_offset())):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -122,9 +122,8 @@ def launches(case: Case, sm: int) -> list[Launch]:
         if "window" in modules and not modules["window"].unsupported("triton", q, k, k):
             modules["window"].forward(q, k, k, None, PATTERN, case.S, False, "triton")
             if case.T == case.S:
-                past = (q, q, k, k, None, q, lse, PATTERN, case.S, "triton")
-                modules["window"].backward(*past, None, None)
-                modules["window"].backward(*past, None, lse)
+                for delta in (None, lse):
+                    modules["window"].backward(q, q, k, k, None, q, lse, PATTERN, case.S, "triton", None, delta)
     return recording.launches
 
 

@@ -74,7 +74,7 @@ def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
         return Launch(64 if roomy else 32, 8, 1)
     if kernel == "union" and sm in (90, 100):
         # Capped, two of these blocks share a multiprocessor.
-        return Launch(128, 8, 3, 128) if dim <= 64 else Launch(128, 8, 2)
+        return Launch(128, 8, 3, 128) if dim <= 64 else Launch(64, 4, 3)
     if kernel in ("forward", "near", "union"):
         return Launch(64, 4, 2)
     if dim <= 64:

@@ -53,8 +53,9 @@ def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
         return Launch(32, 32, 4, 1) if dim <= 64 else Launch(16, 16, 4, 1)
     if sm in (90, 100):
         stages = 3 if dim <= 64 else 2
-        # Capped, two of these blocks share a multiprocessor.
-        return Launch(128, 64, 8, stages, 128) if kernel == "forward" else Launch(64, 64, 4, stages)
+        if kernel == "forward":  # capped, two of these blocks share a multiprocessor
+            return Launch(128, 64, 8, stages, 128)
+        return Launch(32, 64, 4, 3) if kernel == "dkv" and dim > 64 else Launch(64, 64, 4, stages)
     if kernel == "dkv":
         return Launch(32, 64, 8, 2)
     return Launch(64, 64 if kernel == "forward" else 32, 4, 2)

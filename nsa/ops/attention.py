@@ -185,8 +185,8 @@ _step = operator.define(
 _step_back = operator.define(
     f"attention_backward(Tensor dout, {_KEYS}, Tensor blocks, Tensor cmp, Tensor lse_cmp, Tensor sel, Tensor lse_sel, "
     "Tensor win, Tensor lse_win, Tensor lists, int[] pattern, bool softmax, SymInt seq_len, Tensor? rows, "
-    "str? backend) -> (Tensor dq, Tensor dk_cmp, Tensor dv_cmp, Tensor dk_sel, Tensor dv_sel, Tensor dk_win, Tensor dv_win, "
-    "Tensor dlogits)",
+    "str? backend) -> (Tensor dq, Tensor dk_cmp, Tensor dv_cmp, Tensor dk_sel, Tensor dv_sel, Tensor dk_win, "
+    "Tensor dv_win, Tensor dlogits)",
     _body_backward,
     lambda dout, *rest: tuple(x.new_empty(x.shape) for x in rest[:8]),
 )

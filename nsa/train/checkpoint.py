@@ -28,6 +28,7 @@ _FREE = {
     "runtime.gradient_checkpointing",
     "runtime.compile",
     "runtime.ddp",
+    "data.workers",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
