@@ -61,7 +61,9 @@ def top_warps(width: int) -> int:
     return min(max(width // 1024, 1), 32)
 
 
-def unsupported(backend: str, q: torch.Tensor, k: torch.Tensor, *, blocks: int | None = None) -> list[str]:
+def unsupported(
+    backend: str, q: torch.Tensor, k: torch.Tensor, *_: torch.Tensor, blocks: int | None = None
+) -> list[str]:
     """Reasons why these inputs cannot be handed to `select`; `blocks` are visible, all of k's unless given."""
     reasons = []
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
