@@ -365,7 +365,7 @@ def _ratio(row: AttentionRow | None, name: str) -> str:
 
 
 def figures(sweep: Sweep, after: Ceilings) -> dict[str, Any]:
-    """The line of JSON: where and how, and the rows of dense attention, core and whole; the CSV has the parts."""
+    """The line of JSON: where and how, and the rows of the core and the whole; the CSV has the parts."""
     kept = (
         "heads",
         "groups",
@@ -384,7 +384,7 @@ def figures(sweep: Sweep, after: Ceilings) -> dict[str, Any]:
         "status",
     )
     ratios = tuple(name for name in AttentionRow.__dataclass_fields__ if "_vs_" in name)
-    whole = [row for row in sweep.rows if row.step_ms is not None]
+    whole = [row for row in sweep.rows if row.part in (parts.CORE, parts.WHOLE)]
     return {
         "bench": "attention",
         **setting(sweep.args, sweep.device),

@@ -263,7 +263,7 @@ def attention_bench(tmp_path_factory):
 def test_attention_bench_has_a_row_for_every_part_length_and_input(attention_bench):
     _, rows, folder, trained = attention_bench
     assert (folder / "a.csv").read_text().splitlines()[0] == ",".join(header(AttentionRow))
-    parts = ["dense-flash", *NSA_PARTS, "attention", "sum"]
+    parts = ["dense-flash", *NSA_PARTS, "core", "attention", "sum"]
     ok = [("2", "70", "popular", p) for p in parts] + [("3", "70", trained, p) for p in parts]
     ok += [("2", "160", "popular", p) for p in parts]
     assert [(r["heads"], r["S"], r["inputs"], r["part"]) for r in rows if r["status"] == "ok"] == ok
@@ -286,7 +286,7 @@ def test_attention_bench_adds_parts_up_and_compares_with_dense_of_the_same_group
         ratio = float(by_part["dense-flash"]["bwd_ms"]) / float(by_part[name]["bwd_ms"])
         assert float(by_part[name]["bwd_vs_flash"]) == pytest.approx(ratio, rel=1e-4)
     assert by_part["choice"]["bwd_ms"] == ""  # no gradient flows through the choice
-    assert [row["part"] for row in rows if row["step_ms"]] == ["attention"]
+    assert [row["part"] for row in rows if row["step_ms"]] == ["dense-flash", "core", "attention"]
 
 
 def test_attention_bench_says_what_ran_from_the_launch_counters(attention_bench):
@@ -306,12 +306,9 @@ def test_attention_bench_prints_tables_draws_and_ends_with_a_line_of_json(attent
     assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
     last = json.loads(printed.splitlines()[-1])
     assert (last["bench"], last["dtype"]) == ("attention", "float32")
-    assert last["status"] == {"ok": 27, "cannot run": 8}
-    assert [(row["S"], row["inputs"]) for row in last["rows"]] == [
-        (70, "popular"),
-        (70, trained),
-        (160, "popular"),
-        (160, trained),
+    assert last["status"] == {"ok": 30, "cannot run": 9}
+    assert [(row["S"], row["inputs"], row["part"]) for row in last["rows"]] == [
+        (S, kind, part) for S in (70, 160) for kind in ("popular", trained) for part in ("core", "attention")
     ]
 
 
@@ -330,7 +327,7 @@ def test_attention_bench_reports_what_was_refused_and_goes_on(tmp_path):
 def test_attention_bench_says_not_run_after_its_minutes(tmp_path):
     args = ["--S", 64, "--layouts", "2,1,16", "--inputs", "random", "--minutes", "0"]
     printed = succeeded(run("bench/bench_attention.py", *args))
-    assert json.loads(printed.splitlines()[-1])["status"] == {"not run": 8}
+    assert json.loads(printed.splitlines()[-1])["status"] == {"not run": 9}
 
 
 @pytest.mark.parametrize(

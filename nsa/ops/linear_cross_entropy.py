@@ -4,12 +4,16 @@ Both are made in the forward: the head's product is made once, not again in the 
 [tokens, vocabulary] is ever whole.
 """
 
+from __future__ import annotations
+
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from nsa import routing
+from nsa.ops import operator
 
 # Columns of the head's products are a multiple of this: at an odd vocabulary a matrix product takes a kernel for
 # unaligned rows, several times slower.
@@ -57,26 +61,15 @@ def linear_cross_entropy(
         chunk_bytes = _CHUNK_BYTES.get(kind, _SMALL_CHUNK_BYTES)
     learns = torch.is_grad_enabled()
     wanted = (learns and x.requires_grad, learns and weight.requires_grad)
-    return _linear_cross_entropy(x, weight, targets, dtype, chunk_bytes, *wanted)[0]
+    return torch.ops.nsa.linear_cross_entropy(x, weight, targets, dtype, chunk_bytes, *wanted)[0]
 
 
-@torch.library.custom_op("nsa::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    dtype: torch.dtype,
-    chunk_bytes: int,
-    wants_x: bool,
-    wants_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _body(x, weight, targets, dtype, chunk_bytes, wants_x, wants_weight):
     """(summed loss, its gradient in x, its gradient in weight), the gradients empty where they are not wanted."""
-    with torch.autocast(x.device.type, enabled=False):
-        return _chunked(x, weight, targets.contiguous(), dtype, chunk_bytes, wants_x, wants_weight)
+    return _chunked(x, weight, targets.contiguous(), dtype, chunk_bytes, wants_x, wants_weight)
 
 
-@_linear_cross_entropy.register_fake
-def _(x, weight, targets, dtype, chunk_bytes, wants_x, wants_weight):
+def _fake(x, weight, targets, dtype, chunk_bytes, wants_x, wants_weight):
     return (
         x.new_empty((), dtype=_wide(dtype)),
         x.new_empty(x.shape if wants_x else (0,)),
@@ -84,19 +77,18 @@ def _(x, weight, targets, dtype, chunk_bytes, wants_x, wants_weight):
     )
 
 
-def _setup(ctx, inputs, output):
-    _, d_x, d_weight = output
-    ctx.wanted = inputs[5:]
-    ctx.mark_non_differentiable(d_x, d_weight)
-    ctx.save_for_backward(d_x, d_weight)
-
-
-def _autograd(ctx, d_loss, _d_x, _d_weight):
-    grads = (_scaled(g, d_loss) if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
+def _gradient(d_loss: torch.Tensor, tensors: tuple[torch.Tensor, ...], wanted: tuple[bool, bool]) -> tuple[Any, ...]:
+    grads = (_scaled(g, d_loss) if wants else None for g, wants in zip(tensors, wanted, strict=True))
     return *grads, None, None, None, None, None
 
 
-_linear_cross_entropy.register_autograd(_autograd, setup_context=_setup)
+_step = operator.define(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, int chunk_bytes, bool wants_x, "
+    "bool wants_weight) -> (Tensor loss, Tensor d_x, Tensor d_weight)",
+    _body,
+    _fake,
+)
+operator.differentiable(_step, _gradient, lambda inputs, results: (results[1:], inputs[5:]))
 
 
 def _scaled(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

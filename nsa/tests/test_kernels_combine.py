@@ -56,13 +56,13 @@ def test_the_backward_that_hands_on_gates_and_deltas(interpreted, shape, dtype, 
 
 
 def _layouts():
-    from nsa.kernels.combine import _logits
+    from nsa.kernels.combine import logits_rows
 
     x = torch.zeros(2, 4, 5, 3)
     wide = cases.in_a_wider_row(x)
     cut = torch.zeros(2, 6, 5, 3)[:, :4]
     layouts = (x, wide, wide[:, :1], cut[:1], cut, x.movedim(-1, 0).contiguous().movedim(0, -1))
-    return [(_logits(y)[:2], _logits(y)[2] is y) for y in layouts]
+    return [(logits_rows(y)[:2], logits_rows(y)[2] is y) for y in layouts]
 
 
 def test_logits_are_copied_only_where_their_tokens_do_not_follow_each_other(interpreted):
@@ -181,18 +181,20 @@ def test_a_kernel_asked_for_where_it_cannot_run_is_refused():
         combine(cmp, sel, win, logits, NSAConfig(), backend="triton")
 
 
-def test_the_sum_has_no_flag_and_is_taken_where_it_was_measured(monkeypatch):
+def test_the_sum_is_taken_where_it_was_measured_and_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(routing, "triton_version", lambda: "3.7.1")
-    monkeypatch.setattr(routing, "flags", lambda: routing.Flags(use_triton_sel=True))
+    monkeypatch.setattr(routing, "flags", lambda: routing.Flags())
     monkeypatch.setattr(routing, "TRITON_PROOF", {"combine": {80: "measured"}})
     unasked = routing.choose("combine")
     assert (unasked.backend, unasked.rejected["triton"]) == (
         "reference",
-        ["not measured on sm_90 yet, not even compiled for it: backend='triton' asks for it"],
+        ["not measured on sm_90 yet, not even compiled for it: NSA_USE_TRITON_SEL=1 asks for it"],
     )
     assert routing.choose("combine", backend="triton").backend == "triton"
+    monkeypatch.setattr(routing, "flags", lambda: routing.Flags(use_triton_sel=True))
+    assert routing.choose("combine").backend == "triton"
     monkeypatch.setattr(routing, "TRITON_PROOF", {"combine": {90: "measured"}})
     monkeypatch.setattr(routing, "flags", lambda: routing.Flags(use_triton_sel=False))
     assert routing.choose("combine").backend == "triton"

@@ -289,7 +289,7 @@ def test_a_plan_is_made_once_a_shape_and_none_for_a_length_that_grows(monkeypatc
     q, k, v = inputs(1, 1, 9, dtype=torch.float32)
     logits = torch.zeros(1, 1, 4, 3)
     plans = {id(plan.Plan.of(q, k, v, logits, CFG.pattern, S, training=False)) for S in range(64, 80)}
-    assert len(made) == len(plans) <= 2
+    assert len(made) == len(plans) <= 3
     made.clear()
     plan.Plan.of(*inputs(2, 1, 9, dtype=torch.float32), logits, CFG.pattern, 64, training=False)
     assert len(made) == 1
