@@ -15,22 +15,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 
 from nsa.blocks import Pattern
 from nsa.kernels import window_device as device
 from nsa.kernels.flash.window import reads
 from nsa.kernels.plain.dense import gated
-from nsa.kernels.primitives import capability, on_device, padded, precision
+from nsa.kernels.primitives import BLIND_TO_BRANCHES, capability, on_device, operand, padded, precision, strides
 
 # Wider heads read outside their memory on an H200 (Triton 3.6.0, one stage, tiles of 256 columns): cause not found.
 _MOST_DIM = 128
-# Strides and head dims are whole multiples of it, so that every load is of 16 bytes and overlaps arithmetic. Loads of
-# single elements gave a wrong dq there.
-_EVEN = 16
-# Triton 3.0's pipeliner overlooks what is used inside a branch: "operation scheduled before its operands".
-_OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
 
 
 @dataclass(frozen=True)
@@ -73,21 +67,6 @@ def unsupported(
     return reasons
 
 
-def _operand(x: torch.Tensor) -> torch.Tensor:
-    """x as the kernels load it: zero columns change neither scores nor output. A copy only where it is not so."""
-    if short := -x.shape[-1] % _EVEN:
-        return F.pad(x, (0, short)).contiguous()
-    if x.stride(-1) == 1 and not any(n % _EVEN for n in (*_strides(x), x.storage_offset())):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """All but the last, which is 1; that of an axis of one element, which is never walked, may be anything else."""
-    (rows, tokens, heads, _), (by_row, by_token, by_head, _) = x.shape, x.stride()
-    return by_row if rows > 1 else 0, by_token if tokens > 1 else 0, by_head if heads > 1 else 0
-
-
 @lru_cache(maxsize=1024)
 def _sizes(
     kernel: str, sm: int, dtype: torch.dtype, T: int, R: int, DK: int, DV: int, given: bool = False
@@ -97,7 +76,7 @@ def _sizes(
     rows = min(chosen.rows, padded(T * R))
     sizes = {
         "R": R, "DK": DK, "DV": DV, "DKP": padded(DK), "DVP": padded(DV), "ROWS": rows, "KEYS": chosen.keys,
-        "IP": precision(dtype), "ALWAYS": _OLD, "num_warps": chosen.warps, "num_stages": chosen.stages,
+        "IP": precision(dtype), "ALWAYS": BLIND_TO_BRANCHES, "num_warps": chosen.warps, "num_stages": chosen.stages,
     }  # fmt: skip
     if chosen.registers:
         sizes["maxnreg"] = chosen.registers
@@ -121,14 +100,14 @@ def forward(
     (B, T, H, D), G, K, DV = q.shape, k.shape[2], min(S, k.shape[1]), v.shape[3]
     n = reads(T, K, p.w) if count else 0
     read = q.new_full((B, G), n, dtype=torch.int64) if count else q.new_empty((0,), dtype=torch.int64)
-    q, k, v = _operand(q), _operand(k), _operand(v)
+    q, k, v = operand(q), operand(k), operand(v)
     out = q.new_empty(B, T, H, v.shape[3])
     lse = q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel():
         sizes = _sizes("forward", *_shape(q, k, v))
         with on_device(q):
             device.forward[(triton.cdiv(T * sizes["R"], sizes["ROWS"]) * B * G,)](
-                q, k, v, out, lse, *_strides(q), *_strides(k), *_strides(v), D**-0.5, min(p.w, K), K - T, T, G, **sizes
+                q, k, v, out, lse, *strides(q), *strides(k), *strides(v), D**-0.5, min(p.w, K), K - T, T, G, **sizes
             )
     return out[..., :DV].contiguous(), lse, read
 
@@ -142,24 +121,22 @@ def backward(
     What gate and delta mean: `nsa.ops.branch`. With delta out is not read.
     """
     (B, T, _, DK), (_, N, G, DV), K = q.shape, v.shape, min(S, k.shape[1])
-    dout, q, k, v = _operand(gated(dout, gate)), _operand(q), _operand(k), _operand(v)
+    dout, q, k, v = operand(gated(dout, gate)), operand(q), operand(k), operand(v)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     lse = lse.contiguous()
     given = delta is not None
-    out, delta = (
-        (dout, delta.contiguous()) if delta is not None else (_operand(out).contiguous(), torch.empty_like(lse))
-    )
+    out, delta = (dout, delta.contiguous()) if delta is not None else (operand(out).contiguous(), torch.empty_like(lse))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
+    steps = (*strides(q), *strides(k), *strides(v), *strides(dout))
     place = (DK**-0.5, min(p.w, K), K - T, T, G)
     with on_device(q):
         sizes = _sizes("dq", *_shape(q, k, v), given)
         device.backward_dq[(triton.cdiv(T * sizes["R"], sizes["ROWS"]) * B * G,)](
-            q, k, v, dout, out, lse, delta, dq, *strides, *place, **sizes
+            q, k, v, dout, out, lse, delta, dq, *steps, *place, **sizes
         )
         sizes = _sizes("dkv", *_shape(q, k, v))
         device.backward_dkv[(triton.cdiv(N, sizes["KEYS"]) * B * G,)](
-            q, k, v, dout, lse, delta, dk, dv, *strides, *place, N, **sizes
+            q, k, v, dout, lse, delta, dk, dv, *steps, *place, N, **sizes
         )
     return dq[..., :DK].contiguous(), dk[..., :DK].contiguous(), dv[..., :DV].contiguous()

@@ -15,7 +15,7 @@ more is done or loaded for it.
 import triton
 import triton.language as tl
 
-from nsa.kernels.primitives import exp2
+from nsa.kernels.primitives import exp2, in_units, load_rows, weights
 
 
 @triton.jit
@@ -23,27 +23,6 @@ def _tile(tiles, G):
     """This program's tile, batch row and group: one axis of the grid, since the others end at 65,535."""
     others = tl.program_id(0) // tiles
     return tl.program_id(0) % tiles, (others // G).to(tl.int64), (others % G).to(tl.int64)
-
-
-@triton.jit
-def _load(at, ok, d, D: tl.constexpr):
-    """Vectors at the pointers [n, padded D], 0 where `ok` [n] is not."""
-    return tl.load(at, mask=ok[:, None] & (d[None, :] < D), other=0.0)
-
-
-@triton.jit
-def _in_units(lse, IP: tl.constexpr):
-    """A natural lse in units of log 2, but for fp32: its product would be rounded, and a row's error with it."""
-    return lse if IP == "ieee" else lse * 1.4426950408889634
-
-
-@triton.jit
-def _weights(s, lse, scale, IP: tl.constexpr):
-    """Probabilities of scores s; lse as `_in_units` left it, broadcast beside them."""
-    if IP == "ieee":
-        return exp2((s * scale - lse) * 1.4426950408889634, IP)
-    else:
-        return exp2(s * (scale * 1.4426950408889634) - lse, IP)
 
 
 @triton.jit
@@ -78,13 +57,13 @@ def forward(
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
     keys = K + b * sk_b + g * sk_g + dk[None, :]
     values = V + b * sv_b + g * sv_g + dv[None, :]
-    q = _load(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :], ok, dk, DK)
+    q = load_rows(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :], ok, dk, DK)
     scale2 = scale * 1.4426950408889634
     # The keys from the first row's own on come first: each row sees one of them, so that no maximum is -inf after it.
     own = t0 + tl.arange(0, DIAG)
     at = own.to(tl.int64)[:, None]
-    own_k = _load(keys + at * sk_t, own < first + T, dk, DK)
-    own_v = _load(values + at * sv_t, own < first + T, dv, DV)
+    own_k = load_rows(keys + at * sk_t, own < first + T, dk, DK)
+    own_v = load_rows(values + at * sv_t, own < first + T, dv, DV)
     see = (own[None, :] <= t[:, None]) & (own[None, :] > (t - w)[:, None])
     own_s = tl.where(see, tl.dot(q, tl.trans(own_k), input_precision=IP), float("-inf"))
     m = tl.max(own_s, 1) * scale2
@@ -100,8 +79,8 @@ def forward(
     for j in range(0, tl.cdiv(before, KEYS)):
         s0 = t0 - (j + 1) * KEYS
         token = s0 + inside
-        k = _load(keys + s0.to(tl.int64) * sk_t, token >= 0, dk, DK)
-        v = _load(values + s0.to(tl.int64) * sv_t, token >= 0, dv, DV)
+        k = load_rows(keys + s0.to(tl.int64) * sk_t, token >= 0, dk, DK)
+        v = load_rows(values + s0.to(tl.int64) * sv_t, token >= 0, dv, DV)
         s = tl.dot(q, tl.trans(k), input_precision=IP)
         if ALWAYS:  # noqa: SIM114 (known when compiling, the other when running)
             s = tl.where(_not_before(token, t - w), s, float("-inf"))
@@ -141,22 +120,22 @@ def backward_dq(
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
     keys = K + b * sk_b + g * sk_g + dk[None, :]
     values = V + b * sv_b + g * sv_g + dv[None, :]
-    q = _load(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :], ok, dk, DK)
-    do = _load(Dout + b * sd_b + i[:, None] * sd_t + head[:, None] * sd_h + dv[None, :], ok, dv, DV)
-    lse = _in_units(tl.load(Lse + row, mask=ok, other=0.0), IP)
+    q = load_rows(Q + b * sq_b + i[:, None] * sq_t + head[:, None] * sq_h + dk[None, :], ok, dk, DK)
+    do = load_rows(Dout + b * sd_b + i[:, None] * sd_t + head[:, None] * sd_h + dv[None, :], ok, dv, DV)
+    lse = in_units(tl.load(Lse + row, mask=ok, other=0.0), IP)
     if DELTA:
         delta = tl.load(Delta + row, mask=ok, other=0.0)
     else:
-        o = _load(Out + row[:, None] * DV + dv[None, :], ok, dv, DV)
+        o = load_rows(Out + row[:, None] * DV + dv[None, :], ok, dv, DV)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         tl.store(Delta + row, delta, mask=ok)
     # The keys from the first row's own on, then those before it, as in the forward.
     own = t0 + tl.arange(0, DIAG)
     at = own.to(tl.int64)[:, None]
-    own_k = _load(keys + at * sk_t, own < first + T, dk, DK)
-    own_v = _load(values + at * sv_t, own < first + T, dv, DV)
+    own_k = load_rows(keys + at * sk_t, own < first + T, dk, DK)
+    own_v = load_rows(values + at * sv_t, own < first + T, dv, DV)
     see = (own[None, :] <= t[:, None]) & (own[None, :] > (t - w)[:, None])
-    own_p = tl.where(see, _weights(tl.dot(q, tl.trans(own_k), input_precision=IP), lse[:, None], scale, IP), 0.0)
+    own_p = tl.where(see, weights(tl.dot(q, tl.trans(own_k), input_precision=IP), lse[:, None], scale, IP), 0.0)
     own_dp = tl.dot(do, tl.trans(own_v), input_precision=IP)
     own_ds = own_p * (own_dp - delta[:, None])
     dq = tl.dot(own_ds.to(own_k.dtype), own_k, input_precision=IP)
@@ -168,9 +147,9 @@ def backward_dq(
     for j in range(0, tl.cdiv(before, KEYS)):
         s0 = t0 - (j + 1) * KEYS
         token = s0 + inside
-        k = _load(keys + s0.to(tl.int64) * sk_t, token >= 0, dk, DK)
-        v = _load(values + s0.to(tl.int64) * sv_t, token >= 0, dv, DV)
-        p = _weights(tl.dot(q, tl.trans(k), input_precision=IP), lse[:, None], scale, IP)
+        k = load_rows(keys + s0.to(tl.int64) * sk_t, token >= 0, dk, DK)
+        v = load_rows(values + s0.to(tl.int64) * sv_t, token >= 0, dv, DV)
+        p = weights(tl.dot(q, tl.trans(k), input_precision=IP), lse[:, None], scale, IP)
         if ALWAYS:  # noqa: SIM114 (known when compiling, the other when running)
             p = tl.where(_not_before(token, t - w), p, 0.0)
         elif j >= whole:
@@ -201,8 +180,8 @@ def backward_dkv(
     held = token < first + T
     at = token.to(tl.int64)[:, None]
     dk, dv = tl.arange(0, DKP), tl.arange(0, DVP)
-    k = _load(K + b * sk_b + g * sk_g + at * sk_t + dk[None, :], held, dk, DK)
-    v = _load(V + b * sv_b + g * sv_g + at * sv_t + dv[None, :], held, dv, DV)
+    k = load_rows(K + b * sk_b + g * sk_g + at * sk_t + dk[None, :], held, dk, DK)
+    v = load_rows(V + b * sv_b + g * sv_g + at * sv_t + dv[None, :], held, dv, DV)
     queries = Q + b * sq_b + g * R * sq_h + dk[None, :]
     douts = Dout + b * sd_b + g * R * sd_h + dv[None, :]
     # Tiles of rows that see a key of this tile, and among them those of rows that see every key.
@@ -219,11 +198,11 @@ def backward_dkv(
         head = (x % R).to(tl.int64)
         row = (b * T + i) * (G * R) + g * R + head
         # Rows past the last have q, dout, lse and delta 0: they add nothing.
-        q = _load(queries + i[:, None] * sq_t + head[:, None] * sq_h, ok, dk, DK)
-        do = _load(douts + i[:, None] * sd_t + head[:, None] * sd_h, ok, dv, DV)
-        lse = _in_units(tl.load(Lse + row, mask=ok, other=0.0), IP)
+        q = load_rows(queries + i[:, None] * sq_t + head[:, None] * sq_h, ok, dk, DK)
+        do = load_rows(douts + i[:, None] * sd_t + head[:, None] * sd_h, ok, dv, DV)
+        lse = in_units(tl.load(Lse + row, mask=ok, other=0.0), IP)
         delta = tl.load(Delta + row, mask=ok, other=0.0)
-        p = _weights(tl.dot(k, tl.trans(q), input_precision=IP), lse[None, :], scale, IP)
+        p = weights(tl.dot(k, tl.trans(q), input_precision=IP), lse[None, :], scale, IP)
         if ALWAYS:  # noqa: SIM114 (known when compiling, the other when running)
             p = tl.where(_seen_by(token, first + x // R, w), p, 0.0)
         elif (j < near) | (j >= far):
