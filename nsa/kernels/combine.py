@@ -34,12 +34,19 @@ def _rows(n, DP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX: tl.constexpr):
-    """The rows' three gates, fp32."""
+def _loaded(Logits, row, ok, sl_t, sl_h, H):
+    """The rows' three logits, fp32."""
     at = Logits + (row // H).to(tl.int64) * sl_t + (row % H).to(tl.int64) * sl_h
     a = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     b = tl.load(at + 1, mask=ok, other=0.0).to(tl.float32)
     c = tl.load(at + 2, mask=ok, other=0.0).to(tl.float32)
+    return a, b, c
+
+
+@triton.jit
+def _gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX: tl.constexpr):
+    """The rows' three gates, fp32."""
+    a, b, c = _loaded(Logits, row, ok, sl_t, sl_h, H)
     if SOFTMAX:
         top = tl.maximum(tl.maximum(a, b), c)
         a = tl.exp(a - top)
@@ -65,10 +72,7 @@ def _sigmoid(x):
 @triton.jit
 def _log_gates(Logits, row, ok, sl_t, sl_h, H, SOFTMAX: tl.constexpr):
     """The logs of the rows' three gates, fp32, finite where a gate itself would be 0."""
-    at = Logits + (row // H).to(tl.int64) * sl_t + (row % H).to(tl.int64) * sl_h
-    a = tl.load(at, mask=ok, other=0.0).to(tl.float32)
-    b = tl.load(at + 1, mask=ok, other=0.0).to(tl.float32)
-    c = tl.load(at + 2, mask=ok, other=0.0).to(tl.float32)
+    a, b, c = _loaded(Logits, row, ok, sl_t, sl_h, H)
     if SOFTMAX:
         top = tl.maximum(tl.maximum(a, b), c)
         total = top + tl.log(tl.exp(a - top) + tl.exp(b - top) + tl.exp(c - top))

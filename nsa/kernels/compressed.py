@@ -24,13 +24,11 @@ from nsa.blocks import Pattern, n_compressed
 from nsa.kernels import compressed_device as device
 from nsa.kernels.plain.dense import gated
 from nsa.kernels.primitives import BLIND_TO_BRANCHES, capability, on_device, operand, padded, precision, strides
-from nsa.kernels.window import Launch
+from nsa.kernels.window import Launch, unsupported  # noqa: F401 - limits of the same loops
 
 # The forms take `lengths`, int32 [B] on the device: row b's queries are then the last min(T, lengths[b]) of that many.
 RAGGED = True
 
-# As the window's: wider heads were wrong on an H200 in a kernel of this build, for a cause not found.
-_MOST_DIM = 128
 # dk and dv are cut into pieces until there are so many programs, none with fewer rows than these, and the pieces no
 # larger than these bytes. About half of the programs see nothing, and end at once.
 _PROGRAMS, _LEAST_ROWS, _PIECES_BYTES = 1536, 512, 256 << 20
@@ -55,18 +53,6 @@ def launch(kernel: str, sm: int, dim: int, itemsize: int) -> Launch:
     if kernel == "dkv":
         return Launch(32, 64, 8, 2)
     return Launch(64, 64 if kernel == "forward" else 32, 4, 2)
-
-
-def unsupported(
-    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, seq_len: int | None = None
-) -> list[str]:
-    """Reasons why q [B,T,H,Dk], k [B,C,G,Dk], v [B,C,G,Dv] cannot be taken; none if they can."""
-    reasons = []
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        reasons.append(f"{backend} takes bf16, fp16 or fp32, not {q.dtype}")
-    if max(q.shape[-1], v.shape[-1]) > _MOST_DIM:
-        reasons.append(f"{backend} takes head dims up to {_MOST_DIM}, not {max(q.shape[-1], v.shape[-1])}")
-    return reasons
 
 
 class _Job(NamedTuple):
