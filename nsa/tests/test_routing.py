@@ -296,3 +296,20 @@ def test_a_plan_is_made_once_a_shape_and_none_for_a_length_that_grows(monkeypatc
     for B in range(1, 600):
         plan.Plan.of(q.expand(B, -1, -1, -1), k, v, logits, CFG.pattern, 64, training=False)
     assert len(plan._plans) <= 256
+
+
+def test_the_compressed_branch_goes_to_cudnn_where_that_was_measured_ahead(flags, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(routing, "_environment", lambda *_: [])
+    monkeypatch.setattr(routing, "_inputs", lambda *_: [])
+    one = torch.zeros((), dtype=torch.bfloat16)
+
+    def backend(T, D, **more):
+        q, k = one.expand(1, T, 4, D), one.expand(1, T // 16, 2, D)
+        return routing.choose("compressed", q, k, k, seq_len=T, **more).backend
+
+    assert (backend(8192, 128), backend(65536, 64), backend(65536, 128)) == ("triton", "triton", "cudnn")
+    assert backend(65536, 128, backend="triton") == "triton"
+    flags(NSA_USE_TRITON_SEL="1")
+    assert backend(65536, 128) == "triton"
