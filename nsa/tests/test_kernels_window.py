@@ -103,7 +103,7 @@ def _past_the_end():
     from nsa.kernels import window
 
     p = NSAConfig(w=20).pattern
-    q, k, v = inputs(1, 30, 50, G=2, R=3, Dk=16, Dv=16)
+    q, k, v = inputs(1, 30, 50, G=2, R=3, Dk=16, Dv=16, dtype=torch.float32)
     longer = [torch.cat([x, torch.full_like(x[:, :9], torch.nan)], 1) for x in (k, v)]
     results = []
     for held in ((k, v), longer):
